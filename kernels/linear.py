@@ -1,0 +1,23 @@
+"""Linear layer with one rounding: operands in the weight's dtype, sum and bias in float32, one cast.
+
+    y = cast(x, dtype(w)) @ w.T + b
+
+Shapes: x [..., K], weight [N, K], bias [N] or None; result [..., N] in the weight's dtype.
+The CUDA libraries round once, after the bias; CPU kernels differ by machine, so the CPU path for half
+precision multiplies in float32 and casts (numerics policy of the design).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype of `weight`, rounded once."""
+    x = x.to(weight.dtype)
+    if weight.dtype in HALF and x.device.type == "cpu":
+        y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return y.to(weight.dtype)
+    return F.linear(x, weight, bias)
