@@ -1,0 +1,64 @@
+"""Sizes and schedule of the embedded `tiny` model: the architecture of LiveAvatar, small enough to travel with the code."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: optimiser steps, clips a step, peak learning rate."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 200
+    report_every: int = 100
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run of `python -m kinora.train.tiny` depends on, beside the seed.
+
+    `blocks` counts denoising blocks a clip (12 frames each), `preroll` the frames before a clip that only the
+    VAE sees, `still` the frames of the picture that are encoded as motion frames.
+    """
+
+    size: int = 192
+    vae_dim: int = 16
+    dim: int = 256
+    heads: int = 8
+    layers: int = 6
+    blocks: int = 4
+    preroll: int = 9
+    still: int = 17
+    utterances: int = 1200
+    utterance_seconds: float = 10.0
+    pool: int = 6144
+    refill: int = 32
+    vae_clip: int = 17
+    vae: Stage = field(default_factory=lambda: Stage(steps=4000, batch=16, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=6000, batch=64, rate=1.2e-3))
+    rollout: Stage = field(default_factory=lambda: Stage(steps=1500, batch=64, rate=4e-4))
+
+    @property
+    def clip_frames(self) -> int:
+        return 12 * self.blocks
+
+
+FULL = Recipe()
+SMOKE = Recipe(
+    size=64,
+    vae_dim=4,
+    dim=48,
+    heads=2,
+    layers=2,
+    blocks=2,
+    utterances=4,
+    utterance_seconds=6.0,
+    pool=8,
+    refill=2,
+    vae=Stage(steps=6, batch=1, rate=1e-3, warmup=2, report_every=2, save_every=3),
+    flow=Stage(steps=6, batch=2, rate=1e-3, warmup=2, report_every=2, save_every=3),
+    rollout=Stage(steps=4, batch=2, rate=5e-4, warmup=1, report_every=2, save_every=2),
+)
+PRESETS = {"full": FULL, "smoke": SMOKE}
