@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 class PatchConv(nn.Conv3d):
-    """Convolution with kernel = stride; in half precision the float32 sum is rounded, then the bias added and rounded."""
+    """Convolution with kernel = stride; half precision rounds the float32 sum, adds the bias and rounds again."""
 
     compute_dtype: torch.dtype | None = None
 
@@ -71,11 +71,11 @@ def mlp(dim_in: int, hidden: int, dim_out: int, activation: nn.Module, *, island
     return nn.Sequential(Linear(dim_in, hidden, island=island), activation, Linear(hidden, dim_out, island=island))
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Multiply in `dtype` everywhere in `model` except the layers marked as float32 islands."""
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None, islands: bool = True) -> None:
+    """Multiply in `dtype` everywhere in `model`; layers marked as islands stay float32 unless `islands` is False."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.compute_dtype = torch.float32 if module.island else dtype
+            module.compute_dtype = torch.float32 if module.island and islands else dtype
         elif isinstance(module, PatchConv):
             module.compute_dtype = dtype
 
@@ -100,12 +100,17 @@ def rope_angles(positions: Tensor, channels: int) -> Tensor:
     return positions.double()[..., None] * torch.pow(10000.0, -powers)
 
 
+def rope_table(frames: Tensor, rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
+    """Rotary table [N, d/2, 2] in float64 (cos, sin) of N positions (frame, row, column)."""
+    places = zip((frames, rows, columns), rope_axes(head_dim), strict=True)
+    phase = torch.cat([rope_angles(axis, channels) for axis, channels in places], -1)  # [N, d/2]
+    return torch.stack((phase.cos(), phase.sin()), -1)
+
+
 def rope_grid(frames: Tensor, rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
     """Rotary table [F * H * W, d/2, 2] in float64 (cos, sin) for a grid of positions, row-major over (f, h, w)."""
     grid = torch.meshgrid(frames, rows, columns, indexing="ij")
-    angles = [rope_angles(axis.flatten(), n) for axis, n in zip(grid, rope_axes(head_dim), strict=True)]
-    phase = torch.cat(angles, -1)  # [F*H*W, d/2]
-    return torch.stack((phase.cos(), phase.sin()), -1)
+    return rope_table(grid[0].flatten(), grid[1].flatten(), grid[2].flatten(), head_dim)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
