@@ -70,8 +70,9 @@ def rotary(case: Case) -> Mapping[str, Tensor]:
     rotated = [ops.apply_rope(sample[None], table(i)) for i, sample in enumerate(x)]
     found["out.y"] = torch.cat(rotated)
     found["out.y_sp_padded"] = rotated[0]
-    pieces = zip(case["in.x_sp"].chunk(case.json["sp_ranks"], 1), table(0).chunk(case.json["sp_ranks"]), strict=True)
-    found |= {f"out.y_sp_rank.{rank}": ops.apply_rope(tokens, rope) for rank, (tokens, rope) in enumerate(pieces)}
+    for rank, tokens in enumerate(case["in.x_sp"].chunk(case.json["sp_ranks"], 1)):
+        start = rank * tokens.shape[1]
+        found[f"out.y_sp_rank.{rank}"] = ops.apply_rope(tokens, table(0)[start : start + tokens.shape[1]])
     for name in case.names("mid.table"):
         first = case.json["outputs"][name]["first_position"]
         positions = torch.arange(first, first + case.tensors[name].shape[0])
