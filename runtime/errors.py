@@ -11,3 +11,7 @@ class InputError(KinoraError, ValueError):
 
 class CheckpointError(KinoraError):
     """Missing checkpoint files, or files whose tensors do not fit the model."""
+
+
+class OutputError(KinoraError):
+    """A file that cannot be written."""

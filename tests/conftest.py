@@ -1,0 +1,26 @@
+"""What every test may rely on: no network, one thread a worker, the same random numbers each time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    """Share the cores among the workers of pytest-xdist; alone, use them all."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, in whatever order they run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
