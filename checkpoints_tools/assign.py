@@ -1,0 +1,59 @@
+"""Putting a published state dict into a module by its key table, or saying by name what does not fit."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .keymaps import KeyMap
+
+SHOWN = 12
+
+
+class KeyMismatch(ValueError):
+    """The tensors of a file do not fit the module; `missing`, `unexpected` and `misshaped` hold the published names."""
+
+    def __init__(self, name: str, missing: list[str], unexpected: list[str], misshaped: list[str]):
+        self.missing, self.unexpected, self.misshaped = missing, unexpected, misshaped
+        parts = [
+            f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{' ...' if len(keys) > SHOWN else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+            if keys
+        ]
+        super().__init__(f"the weights are not those of the {name}; {'; '.join(parts)}; check which file this is")
+
+
+def assign_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    keymap: KeyMap,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Replace every parameter of `module` (which may lie on the meta device) by its tensor of `state`.
+
+    `state` has published names. Floating tensors are cast to `dtype`, all are moved to `device`. Parameters that the
+    table calls optional become zeros when the file lacks them. Raises KeyMismatch; nothing is skipped silently.
+    """
+    mapped, unexpected = keymap.apply(state)
+    wanted = dict(module.named_parameters())  # a tensor tied under two names counts once
+
+    def published(key: str) -> str:
+        return keymap.original(key) or key
+
+    for key in keymap.optional:
+        if key in wanted and key not in mapped:
+            mapped[key] = torch.zeros(wanted[key].shape)
+    missing = [published(key) for key in wanted if key not in mapped]
+    unexpected += [published(key) for key in mapped if key not in wanted]
+    misshaped = [
+        f"{published(key)} {list(value.shape)}, expected {list(wanted[key].shape)}"
+        for key, value in mapped.items()
+        if key in wanted and value.shape != wanted[key].shape
+    ]
+    if missing or unexpected or misshaped:
+        raise KeyMismatch(keymap.name, list(dict.fromkeys(missing)), list(dict.fromkeys(unexpected)), misshaped)
+    for key, value in mapped.items():
+        mapped[key] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    module.load_state_dict(mapped, strict=False, assign=True)

@@ -1,0 +1,1 @@
+"""Frozen encoders of text, picture and sound, through `transformers`, and the audio windows at video rate."""
