@@ -1,6 +1,9 @@
 """The semantic operations that the models are written in; one file each, re-exported here."""
 
 from .adaln import adaln
+from .audio_residual import audio_residual
+from .causal_conv3d import causal_conv3d, conv2d, next_history
+from .fp8_linear import fp8_linear, quantize_fp8
 from .gated_residual import gated_residual
 from .linear import linear
 from .norm import layer_norm, rms_norm
@@ -10,10 +13,16 @@ from .rope_attention import rope_attention
 __all__ = [
     "adaln",
     "apply_rope",
+    "audio_residual",
+    "causal_conv3d",
+    "conv2d",
+    "fp8_linear",
     "gated_residual",
     "layer_norm",
     "linear",
+    "next_history",
     "qk_norm_rope",
+    "quantize_fp8",
     "rms_norm",
     "rope_attention",
 ]

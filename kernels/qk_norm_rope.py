@@ -3,7 +3,8 @@
     q = rope(heads(rms(q, weight_q)));  k likewise
 
 Shapes: q, k [B, L, D]; weights [D]; rope [L', d/2, 2] float32 (cos, sin) with L' <= L, or None for no rotation;
-result [B, L, H, d] each. Tokens beyond L' stay unrotated. Pairs are interleaved: (x[2i], x[2i+1]) = re, im.
+result [B, L, H, d] each. A table [B, L', d/2, 2] rotates every sample by its own. Tokens beyond L' stay unrotated.
+Pairs are interleaved: (x[2i], x[2i+1]) = re, im.
 Dtypes: the rotation runs in float32 and its result has `out_dtype` (default: the dtype of the normed input).
 """
 
@@ -14,14 +15,14 @@ from .norm import rms_norm
 
 
 def apply_rope(x: Tensor, rope: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Rotate the interleaved pairs of x [B, L, H, d] by rope [L', d/2, 2]; tokens from L' on are left alone."""
+    """Rotate the interleaved pairs of x [B, L, H, d] by rope [(B,) L', d/2, 2]; tokens from L' on are left alone."""
     out_dtype = out_dtype or x.dtype
     if rope is None:
         return x.to(out_dtype)
-    length = rope.shape[0]
+    length = rope.shape[-3]
     if length > x.shape[1]:
         raise ValueError(f"rotary table has {length} rows for {x.shape[1]} tokens")
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]  # [L', 1, d/2]
+    cos, sin = rope.unsqueeze(-3).unbind(-1)  # [(B,) L', 1, d/2]
     re, im = x[:, :length].float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L', H, d/2]
     rotated = torch.stack((re * cos - im * sin, re * sin + im * cos), -1).flatten(-2).to(out_dtype)
     if length == x.shape[1]:

@@ -1,0 +1,132 @@
+"""Transformer block and head of LiveAvatar (liveavatar.md, 2.5, 2.6, 2.9).
+
+The residual stream enters and leaves a block in the flow's dtype and is float32 in between.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import ops
+from .layers import LayerNorm, Linear, RmsNorm, mlp
+from .liveavatar_cache import KeyValue, LayerMemory
+
+
+class Attention(nn.Module):
+    """Projections with full-width RMS norm on queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q = RmsNorm(dim, eps)
+        self.norm_k = RmsNorm(dim, eps)
+        self.num_heads = num_heads
+        self.eps = eps
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # [B, L, H, d]
+
+
+class CrossAttention(Attention):
+    """Attention to text or audio tokens, whose keys and values are prepared once by `context`."""
+
+    def context(self, tokens: Tensor) -> KeyValue:
+        """Keys and values [B, L, H, d] of context tokens [B, L, D]."""
+        return KeyValue(self.heads(self.norm_k(self.k(tokens))), self.heads(self.v(tokens)))
+
+    def forward(self, x: Tensor, context: KeyValue) -> Tensor:
+        """x [B, L, D]; a context of batch 1 is shared by all samples."""
+        k, v = (part.expand(x.shape[0], -1, -1, -1) for part in context)
+        q = self.heads(self.norm_q(self.q(x)))
+        return self.o(ops.rope_attention(q, [k], [v]).flatten(2))
+
+
+class SelfAttention(Attention):
+    """The three uses of one attention layer: a whole sequence, the condition prefill, and a block of a stream."""
+
+    def _project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        v = self.heads(self.v(x))
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k = ops.qk_norm_rope(self.q(x), self.k(x), *weights, rope, self.num_heads, self.eps, v.dtype)
+        return q, k, v
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Training: all tokens [B, L, D] at once under a block mask [L, L] (True = attend)."""
+        q, k, v = self._project(x, rope)
+        return self.o(ops.rope_attention(q, [k], [v], mask=mask).flatten(2))
+
+    def prefill(self, x: Tensor, rope: Tensor, store: Callable[[KeyValue], None]) -> Tensor:
+        """Condition tokens among themselves; `store` receives their keys before rotation, and their values."""
+        q, k, v = self._project(x, None)
+        store(KeyValue(k, v))
+        return self.o(ops.rope_attention(ops.apply_rope(q, rope), [k], [v], ropes=[rope]).flatten(2))
+
+    def stream(self, x: Tensor, rope: Tensor, memory: LayerMemory) -> Tensor:
+        """One block of a stream: write its rotated keys to the ring, attend the ring and the condition tokens."""
+        q, k, v = self._project(x, rope)
+        memory.write(k, v)
+        ring, condition = memory.active(), memory.condition
+        out = ops.rope_attention(q, [ring.k, condition.k], [ring.v, condition.v], ropes=[None, memory.condition_rope])
+        return self.o(out.flatten(2))
+
+
+class Modulation(NamedTuple):
+    """Six float32 vectors [B, R, D] a row (a latent frame, or the condition tokens)."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class Block(nn.Module):
+    """Modulated self attention, text cross attention, modulated feed-forward."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
+        self.ffn = mlp(dim, ffn_dim, dim, nn.GELU(approximate="tanh"))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.eps = eps
+
+    def modulate(self, e0: Tensor) -> Modulation:
+        """Time rows [B, R, 6, D] -> the block's six vectors [B, R, D]."""
+        return Modulation(*(self.modulation[:, None] + e0).unbind(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        e0: Tensor,
+        text: KeyValue,
+        attend: Callable[[Tensor], Tensor],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, D] -> [B, L, D]; `attend` is one use of `self_attn`, `rows` [L] the modulation row of each token."""
+        dtype = x.dtype
+        m = self.modulate(e0)
+        y = attend(ops.adaln(x, m.shift1, m.scale1, rows, self.eps, out_dtype=dtype))
+        x = ops.gated_residual(x, y, m.gate1, rows)  # float32 from here to the end of the block
+        x = x + self.cross_attn(self.norm3(x.to(dtype)), text)
+        y = self.ffn(ops.adaln(x, m.shift2, m.scale2, rows, self.eps, out_dtype=dtype))
+        return ops.gated_residual(x, y, m.gate2, rows).to(dtype)
+
+
+class Head(nn.Module):
+    """Modulated projection of the noisy tokens to patches of the flow; float32 inside."""
+
+    def __init__(self, dim: int, patch_values: int, eps: float):
+        super().__init__()
+        self.head = Linear(dim, patch_values, island=True)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.eps = eps
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [B, L, D], e [B, R, D] -> [B, L, pt*ph*pw*C] in the dtype of x."""
+        shift, scale = (self.modulation[:, None] + e[:, :, None]).unbind(2)
+        return self.head(ops.adaln(x, shift, scale, eps=self.eps)).to(x.dtype)

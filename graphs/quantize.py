@@ -1,0 +1,54 @@
+"""Swap the linear layers of a model for FP8 ones (liveavatar.md, 5.4)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..kernels.fp8_linear import Granularity
+
+# The published recipe of LiveAvatar: embeddings, head and the audio encoder's last layer stay as they are.
+LIVEAVATAR_IGNORE = (
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "head.head",
+    "casual_audio_encoder.encoder.final_linear",
+)
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer with e4m3 weights and dynamically quantised input; result in the dtype of the input."""
+
+    weight: Tensor
+    weight_descale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, granularity: Granularity = "tensor"):
+        super().__init__()
+        weight, descale = ops.quantize_fp8(linear.weight.detach(), granularity)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_descale", descale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.granularity = granularity
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.fp8_linear(x, self.weight, self.weight_descale, self.bias, self.granularity)
+
+
+@torch.no_grad()
+def quantize_linears(
+    model: nn.Module, ignore: tuple[str, ...] = LIVEAVATAR_IGNORE, granularity: Granularity = "tensor"
+) -> list[str]:
+    """Replace every `nn.Linear` whose name contains none of `ignore`; returns the names of the replaced layers.
+
+    Do this after LoRA is merged and the model has its final dtype. ValueError when nothing is left to quantise.
+    """
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not any(part in name for part in ignore):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Fp8Linear(module, granularity))
+            replaced.append(name)
+    if not replaced:
+        raise ValueError(f"no linear layer to quantise: the model has none, or all match ignore={ignore}")
+    return replaced
