@@ -154,6 +154,29 @@ def _clip_table() -> tuple[Rule, ...]:
     )
 
 
+def clip_unread_shapes(
+    image_dim: int = 1280, embed_dim: int = 1024, vocab: int = 250002, positions: int = 514, layers: int = 24
+) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape of what the CLIP file holds beside the image tower: projection, text tower, scale.
+
+    The text tower is XLM-RoBERTa-large, of width `embed_dim`; no system reads it (wan.md 1.6).
+    """
+    dim = embed_dim
+    shapes: dict[str, tuple[int, ...]] = {"log_scale": (), "visual.head": (image_dim, embed_dim)}
+    for table, rows in (("token", vocab), ("type", 1), ("pos", positions)):
+        shapes[f"textual.{table}_embedding.weight"] = (rows, dim)
+    linears = {f"attn.{part}": (dim, dim) for part in "qkvo"} | {"ffn.0": (4 * dim, dim), "ffn.2": (dim, 4 * dim)}
+    for block in range(layers):
+        for name, shape in linears.items():
+            shapes[f"textual.blocks.{block}.{name}.weight"] = shape
+            shapes[f"textual.blocks.{block}.{name}.bias"] = shape[:1]
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"textual.blocks.{block}.{norm}.{part}": (dim,) for part in ("weight", "bias")}
+    shapes |= {f"textual.norm.{part}": (dim,) for part in ("weight", "bias")}
+    shapes |= {f"textual.head.{layer}.weight": (dim, dim) for layer in (0, 2)}
+    return shapes
+
+
 CLIP = KeyMap("CLIP image tower", _clip_table(), unused=("textual.", "log_scale", "visual.head"))
 
 
