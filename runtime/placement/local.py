@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,9 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"{ranks} ranks of {function.__name__} did not finish in {timeout_s:.0f} s")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
-            raise RuntimeError(f"a rank of {function.__name__} failed:\n{failure}") from failure
+            reports = sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+            reason = reports[0].read_text() if reports else str(failure)  # later ranks only lost their peer
+            raise RuntimeError(f"a rank of {function.__name__} failed:\n{reason}") from failure
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -52,5 +55,8 @@ def _rank(rank: int, ranks: int, folder: str, timeout_s: float, function: Callab
     )
     try:
         torch.save(function(*args), Path(folder) / f"rank{rank}.pt")
+    except BaseException:
+        (Path(folder) / f"rank{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
