@@ -178,8 +178,10 @@ def sample_identities(seeds: Sequence[int], device: torch.device | str = "cpu") 
     ramp = torch.tensor(SKIN)
     below = tone.long()
     skin = torch.lerp(ramp[below], ramp[below + 1], (tone - below)[:, None]) + jitter
-    rosy = skin * torch.tensor([0.86, 0.52, 0.52]) + torch.tensor([0.06, 0.015, 0.03])
-    lip = torch.lerp(rosy, _hsv(uniform(0.955, 1.0), uniform(0.5, 0.65), uniform(0.66, 0.82)), uniform(0, 0.7)[:, None])
+    rosy = skin * torch.tensor([0.86, 0.58, 0.58]) + torch.tensor([0.08, 0.03, 0.04])
+    lip = torch.lerp(
+        rosy, _hsv(uniform(0.955, 1.0), uniform(0.45, 0.57), uniform(0.66, 0.82)), uniform(0.3, 0.8)[:, None]
+    )
 
     style = draw.choice(torch.tensor([row[:-1] for row in HAIR_STYLES.values()]), [r[-1] for r in HAIR_STYLES.values()])
     hairline, fall, slope, wave, volume, back, bottom, curls, bun = style.unbind(1)

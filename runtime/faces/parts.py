@@ -12,13 +12,13 @@ from .identity import Identity
 from .motion import Motion
 from .sdf import between, circle, cover, ellipse, rounded_box, segment, smooth_union, smoothstep
 
-MOUTH_GAP = 0.175  # height of the fully open mouth at size 1
+MOUTH_GAP = 0.20  # height of the fully open mouth at size 1
 MOUTH_INSIDE = (0.26, 0.015, 0.10)  # dark maroon, drawn nowhere else
 TEETH = (0.96, 0.95, 0.92)
 TONGUE = (0.80, 0.36, 0.38)
 EYE_WHITE = (0.97, 0.97, 0.96)
 SHADOW = (0.80, 0.70, 0.70)  # shade of skin, as a factor
-JAW_DROP = 0.05
+JAW_DROP = 0.065
 
 
 def colour(rgb: tuple[float, float, float], like: Tensor) -> Tensor:
@@ -242,9 +242,9 @@ def mouth(canvas: Canvas, grid: Grid, face: Identity, motion: Motion) -> None:
 
     inside = between(y, top, bottom, edge)
     fill = colour(MOUTH_INSIDE, x)
-    tongue = ellipse(x, y - bottom - 0.015, half * 0.62, (gap - 0.055).clamp(min=0.0) * 0.42 + 0.002)
-    fill = blend(fill, colour(TONGUE, x), cover(tongue, 0.03) * smoothstep((gap - 0.06) / 0.04))
-    teeth = (0.30 * gap).clamp(max=0.034)
+    tongue = ellipse(x, y - bottom - 0.012, half * 0.60, (gap - 0.07).clamp(min=0.0) * 0.40 + 0.002)
+    fill = blend(fill, colour(TONGUE, x), cover(tongue, 0.03) * smoothstep((gap - 0.08) / 0.04))
+    teeth = (0.22 * gap).clamp(max=0.032)
     bite = cover(y - top - teeth, edge) * smoothstep((half * 0.86 - x.abs()) / 0.02) * smoothstep((gap - 0.02) / 0.03)
     fill = blend(fill, colour(TEETH, x), bite)
     canvas.paint(grid, inside, fill)
