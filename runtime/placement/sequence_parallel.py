@@ -122,13 +122,12 @@ def merge_partial(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Attention of the local queries to the keys of all ring ranks, [B, L, H, d] in the dtype of q.
+    """Attention of the local queries to the keys of all ring ranks; q, k, v and the result [B, L, H, d] of one dtype.
 
     `lengths` counts the valid leading keys of the whole sequence per sample. While a block is used, the next travels.
     """
-    size, rank, dtype = dist.get_world_size(group), dist.get_rank(group), q.dtype
-    q = q.to(v.dtype)
-    block = torch.stack((k.to(v.dtype), v))  # [2, B, L, H, d]
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    block = torch.stack((k, v))  # [2, B, L, H, d]
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, device=q.device)
     for step in range(size):
@@ -152,7 +151,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], grou
         for request in pending:
             request.wait()
         block = incoming
-    return out.to(v.dtype).to(dtype)
+    return out.to(q.dtype)
 
 
 def sequence_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mesh: SequenceMesh) -> Tensor:
@@ -160,13 +159,14 @@ def sequence_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], 
 
     `lengths` [B]: number of leading tokens of the global sequence that count as keys, per sample.
     """
-    q, k, v = (tokens_to_heads(x, mesh.ulysses) for x in (q, k, v))  # [B, S/R, H/U, d]
+    sent = (x.to(v.dtype) for x in (q, k, v))  # attention runs in the dtype of v, so nothing wider travels
+    q_all, k_all, v_all = (tokens_to_heads(x, mesh.ulysses) for x in sent)  # [B, S/R, H/U, d]
     if dist.get_world_size(mesh.ring) > 1:
-        out = ring_attention(q, k, v, lengths, mesh.ring)
+        out = ring_attention(q_all, k_all, v_all, lengths, mesh.ring)
     else:
-        samples = zip(q.split(1), k.split(1), v.split(1), lengths, strict=True)
+        samples = zip(q_all.split(1), k_all.split(1), v_all.split(1), lengths, strict=True)
         out = torch.cat([ops.rope_attention(a, [b], [c], lengths=[n]) for a, b, c, n in samples])
-    return heads_to_tokens(out, mesh.ulysses)
+    return heads_to_tokens(out, mesh.ulysses).to(q.dtype)
 
 
 def local_spans(spans: Sequence[TokenSpan], rank: int, local: int) -> list[TokenSpan]:

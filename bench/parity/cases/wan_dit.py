@@ -11,6 +11,7 @@ from ....graphs.models.layers import rope_grid, rope_table, sinusoid
 from ....graphs.models.wan import Context, Embedded, WanModel, attend, set_precision
 from ....graphs.models.wan_configs import Precision, WanConfig
 from ....kernels import ops
+from ....runtime.samplers import add_noise, flow_match_schedule, flow_target, timestep_weights
 from ..case import Case
 from ..registry import handles
 
@@ -172,11 +173,14 @@ def precision_flow(case: Case) -> Mapping[str, Tensor]:
         found = {name: v.squeeze(1) if name in ("mid.e", "mid.e0") else v for name, v in found.items()}
         modulation = recorded("mid.e0").unflatten(-1, (1, 6, -1))
         start = start._replace(time=recorded("mid.e").unsqueeze(1), modulation=modulation)
-    start = start._replace(tokens=recorded("mid.x_tokens"), context=Context(recorded("mid.context")))
-    found |= block_stages(model.blocks[case.json["mid_block"]], start, recorded)
-    for index in range(1, len(model.blocks)):
-        x = recorded(f"out.blocks.{index - 1}")
-        found[f"out.blocks.{index}"] = model.blocks[index](x, start.modulation, start.context, start.spans)
+    start = start._replace(context=Context(recorded("mid.context")))
+    for index, block in enumerate(model.blocks):
+        start = start._replace(tokens=recorded(f"out.blocks.{index - 1}" if index else "mid.x_tokens"))
+        if index == case.json["mid_block"]:
+            found |= block_stages(block, start, recorded)
+            found[f"out.blocks.{index}"] = found.pop("block")
+        else:
+            found[f"out.blocks.{index}"] = block(start.tokens, start.modulation, start.context, start.spans)
     last = recorded(f"out.blocks.{len(model.blocks) - 1}")
     found["out.head"] = model.head(last, start.time)
     found |= named_outputs(case, "out.y", model(**arguments))
@@ -187,7 +191,7 @@ def precision_flow(case: Case) -> Mapping[str, Tensor]:
 
 
 def block_stages(block: nn.Module, start: Embedded, recorded: Any) -> dict[str, Tensor]:
-    """The stages inside block 0; while the block runs, its parts return what the golden recorded for them."""
+    """The stages inside a block; while the block runs, its parts return what the golden recorded for them."""
     found: dict[str, Tensor] = {}
     attention, cross, ffn = (block.get_submodule(name) for name in ("self_attn", "cross_attn", "ffn"))
     hooks = []
@@ -198,7 +202,7 @@ def block_stages(block: nn.Module, start: Embedded, recorded: Any) -> dict[str, 
             return recorded(f"mid.{name}_out")
 
         hooks.append(part.register_forward_hook(replace))
-    found["out.blocks.0"] = block(start.tokens, start.modulation, start.context, start.spans)
+    found["block"] = block(start.tokens, start.modulation, start.context, start.spans)
     for hook in hooks:
         hook.remove()
     q, k, v = attention.project(recorded("mid.self_attn_in"), start.spans)  # type: ignore[operator]
@@ -214,12 +218,12 @@ def block_stages(block: nn.Module, start: Embedded, recorded: Any) -> dict[str, 
 def gradients(case: Case) -> Mapping[str, Any]:
     """Flow-matching loss at one training time, and its gradients."""
     model = build_model(case.json, case.weights()).requires_grad_(True)
-    clean, noise, t = case["in.x0"], case["in.eps"], case["in.t"]
-    sigma = t / case.json["train_steps"]
-    noised = ((1 - sigma) * clean + sigma * noise).requires_grad_(True)
+    clean, noise, t, index = case["in.x0"], case["in.eps"], case["in.t"], case.json["timestep_index"]
+    schedule = flow_match_schedule(case.json["train_steps"], case.json["shift"], sigma_min=0.0, extra_one_step=True)
+    noised = add_noise(clean, noise, schedule.sigmas[index]).requires_grad_(True)
     context = case["in.context.0"].requires_grad_(True)
     y = model([noised], t, [context], case.json["seq_len"])[0]
-    loss = case.json["loss_weight"] * (y.float() - (noise - clean)).square().mean()
+    loss = timestep_weights(schedule)[index] * (y.float() - flow_target(clean, noise)).square().mean()
     loss.backward()
     found = {"out.x_noised": noised, "out.y": y, "out.loss": loss[None]}
     found |= {"out.grad.x": noised.grad, "out.grad.context": context.grad}
