@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Call `function(*args)` in `ranks` fresh processes that share a gloo group; returns their results by rank.
 
     `function` must be importable (a module-level function); arguments are pickled, results must be tensors or plain
