@@ -13,6 +13,11 @@ PREFIX = "base_model.model."
 SUFFIXES = tuple(f".lora_{side}{name}.weight" for side in "AB" for name in (".default", ""))
 
 
+def is_target(module: str, targets: Sequence[str] = LORA_TARGETS) -> bool:
+    """Whether a module path ends in `.<target>` for one of the targets."""
+    return any(f".{module}".endswith(f".{target}") for target in targets)
+
+
 def split_lora_key(key: str) -> tuple[str, str] | None:
     """`[base_model.model.]<module>.lora_A[.default].weight` -> (module, "A"); None for any other key."""
     for suffix in SUFFIXES:
@@ -53,11 +58,8 @@ def merge_lora(
     target has no adapter, an adapter no target, or one of its two factors is missing; ValueError when shapes differ.
     """
     adapters, others = _pairs(lora)
-    wanted = {
-        name.removesuffix(".weight")
-        for name in weights
-        if any(f".{name}".endswith(f".{target}.weight") for target in targets)
-    }
+    modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    wanted = {module for module in modules if is_target(module, targets)}
     if missing := wanted - adapters.keys():
         raise KeyError(f"{len(missing)} of {len(wanted)} target layers have no LoRA tensors: {_some(missing)}")
     if unmatched := {m for m in adapters if f"{m}.weight" not in weights} | {n for n in others if n not in weights}:
