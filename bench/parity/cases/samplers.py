@@ -81,7 +81,10 @@ def _stepper(j: dict[str, Any], schedule: Schedule) -> Callable[[Tensor, int, Te
     if j["sample_solver"] == "euler":
         sigmas = schedule.sigmas
         return lambda v, i, x: samplers.euler_step(x, v, sigmas[i], sigmas[i + 1])
-    solvers = {"unipc": (samplers.UniPC, samplers.UniPCConfig), "dpm++": (samplers.DPMSolver, samplers.DPMConfig)}
+    solvers: dict[str, tuple[Any, Any]] = {
+        "unipc": (samplers.UniPC, samplers.UniPCConfig),
+        "dpm++": (samplers.DPMSolver, samplers.DPMConfig),
+    }
     solver, config = solvers[j["sample_solver"]]
     names = config.__dataclass_fields__
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in j.items() if k in names}
