@@ -43,7 +43,7 @@ def stored_sigmas(table: str, schedule: Schedule) -> Tensor:
 def tables(case: Case) -> dict[str, Tensor]:
     results = {}
     for name in case.names("out."):
-        match = re.fullmatch(r"out\.(\w+)_(sigmas|timesteps|weights)(?:\.n(\d+)_(s|mu)([\d.]+))?", name)
+        match = re.fullmatch(r"out\.(\w+)_(sigmas|timesteps|weights)(?:\.n(\d+)_(s|mu)(.+))?", name)
         if match is None:
             raise ValueError(f"unknown table name {name}")
         table, kind, steps, parameter, value = match.groups()
@@ -127,7 +127,9 @@ def noising(case: Case) -> dict[str, Tensor]:
     results = {f"out.noised.{i}": samplers.add_noise(z, eps, level) for i, level in enumerate(levels)}
     results["out.weights"] = samplers.timestep_weights(single)[index]
     results["out.target"] = samplers.flow_target(z, eps)
-    results["out.back"] = samplers.flow_from_x0(z, eps, levels[1])
+    back = j["outputs"]["out.back"]
+    position = int(back["t"].removeprefix("in.t[").removesuffix("]"))
+    results["out.back"] = samplers.flow_from_x0(case[back["x"]], case[back["x_stable"]], levels[position])
     tb = case["in.tb"]
     results["out.noised_batch"] = samplers.add_noise(zb, eb, batch.sigmas[batch.nearest(tb)])
     picked = tb[j["outputs"]["out.step_batch"]["t_index_in_tb"]]
