@@ -26,13 +26,14 @@ FUTURE_FEATURES = 3
 VOWEL_BAND = (330.0, 3600.0)  # Hz
 ROUND_BAND = (250.0, 950.0)  # Hz, where rounded vowels have both formants
 SPREAD_BAND = (1500.0, 3600.0)  # Hz, second formant of spread vowels
-SHUT_DB = -24.0  # vowel-band loudness under the level at which the mouth is shut
+SHUT_DB, OPEN_DB = -25.0, -2.5  # vowel-band loudness against the level: the mouth shut, fully open
+COMPRESSION = 32.0  # dB a factor of 10 in openness: amplitude to the power 0.625
 VOICED = 0.05  # openness that counts as speech
 
 ATTACK = 3  # features: 60 ms
 RELEASE = 5  # features: 100 ms
 PHRASE = 15  # features: 300 ms of speech before a blink
-PAUSE = 6  # features: 120 ms of silence after it
+PAUSE = 9  # features: 180 ms of silence after it
 BLINK = 10  # features: 200 ms, 5 video frames
 
 NOD = math.radians(4.5)
@@ -81,9 +82,8 @@ def _kernels(device: torch.device) -> dict[str, Tensor]:
     def hann(length: int) -> Tensor:
         return torch.hann_window(length + 2, periodic=False, dtype=torch.float64)[1:-1]
 
-    attack, release = hann(2 * ATTACK + 1), hann(2 * RELEASE + 1)
-    release = release[-(RELEASE + 1 + ATTACK) :].flip(0)  # long tail into the past
-    release = torch.cat([hann(2 * RELEASE + 1)[: RELEASE + 1], attack[-ATTACK:]])
+    attack = hann(2 * ATTACK + 1)
+    release = torch.cat([hann(2 * RELEASE + 1)[: RELEASE + 1], attack[-ATTACK:]])  # a longer tail into the past
     length = PAST_FEATURES - ATTACK - RELEASE  # the head follows smoothed curves, whose window adds to its own
     age = torch.arange(length, dtype=torch.float64).flip(0) / length  # 1 oldest ... 0 now
     taper = hann(length)
@@ -135,8 +135,8 @@ def motion_from_features(features: Tensor) -> Motion:
     relative = (features.float() - 1.0) * (FEATURE_RANGE / 2.0)  # dB against the level
     power = 10.0 ** (relative / 10.0)
     loudness = _band_db(power, VOWEL_BAND)  # [B, T50]
-    shut = 10.0 ** (SHUT_DB / 32.0)
-    raw = ((10.0 ** (loudness / 32.0) - shut) / (1.0 - shut)).clamp(0.0, 1.0)
+    shut, wide = (10.0 ** (db / COMPRESSION) for db in (SHUT_DB, OPEN_DB))
+    raw = ((10.0 ** (loudness / COMPRESSION) - shut) / (wide - shut)).clamp(0.0, 1.0)
     openness = _smooth(raw, kernels)
 
     balance = _band_db(power, SPREAD_BAND) - _band_db(power, ROUND_BAND)
