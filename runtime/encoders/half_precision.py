@@ -41,6 +41,7 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: ops.linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
     F.conv1d: _conv(F.conv1d),
     F.conv2d: _conv(F.conv2d),
     F.scaled_dot_product_attention: _attention,

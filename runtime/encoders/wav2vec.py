@@ -194,3 +194,8 @@ class Wav2Vec2Encoder(nn.Module):
         """
         features = self.conv_features(wave).transpose(1, 2)  # [B, T50, C]
         return self.encode(features if frames is None else resample_time(features, frames))
+
+    def stacked(self, wave: Tensor) -> Tensor:
+        """Normalised waveform [samples] on any device -> states [K, T50, D] in float32 on the CPU."""
+        device = self.model.masked_spec_embed.device
+        return torch.cat(self(wave[None].to(device))).float().cpu()
