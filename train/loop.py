@@ -23,6 +23,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def compile_on_gpu(*modules: nn.Module, device: torch.device) -> None:
+    """Compile modules in place for fixed shapes; on a CPU they stay as they are."""
+    if device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # one graph serves all blocks, but each counts
+        for module in modules:
+            module.compile(dynamic=False)
+
+
 class Curve:
     """Training curve as JSON lines: one row a report, flushed at once, appended to after a resume."""
 

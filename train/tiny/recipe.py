@@ -1,4 +1,4 @@
-"""Sizes and schedule of the embedded `tiny` model: the architecture of LiveAvatar, small enough to travel with the code."""
+"""Sizes and schedule of the embedded `tiny` model: LiveAvatar's architecture, small enough to ship with the code."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,8 @@ class Recipe:
     """Everything that a run of `python -m kinora.train.tiny` depends on, beside the seed.
 
     `blocks` counts denoising blocks a clip (12 frames each), `preroll` the frames before a clip that only the
-    VAE sees, `still` the frames of the picture that are encoded as motion frames.
+    VAE sees, `still` the frames of the picture that are encoded as motion frames. A pool of `pool` encoded
+    clips gets `refill` new ones every `refill_every` steps.
     """
 
     size: int = 192
@@ -35,10 +36,11 @@ class Recipe:
     utterance_seconds: float = 10.0
     pool: int = 6144
     refill: int = 32
+    refill_every: int = 4
     vae_clip: int = 17
-    vae: Stage = field(default_factory=lambda: Stage(steps=4000, batch=16, rate=2e-3))
-    flow: Stage = field(default_factory=lambda: Stage(steps=6000, batch=64, rate=1.2e-3))
-    rollout: Stage = field(default_factory=lambda: Stage(steps=1500, batch=64, rate=4e-4))
+    vae: Stage = field(default_factory=lambda: Stage(steps=4000, batch=8, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=5500, batch=64, rate=1.2e-3))
+    rollout: Stage = field(default_factory=lambda: Stage(steps=800, batch=64, rate=4e-4))
 
     @property
     def clip_frames(self) -> int:

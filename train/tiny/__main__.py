@@ -1,0 +1,65 @@
+"""`python -m kinora.train.tiny --out DIR`: train the embedded model from scratch; a cut-off run resumes in DIR."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..speech import synthesise
+from .clips import ClipSource
+from .dit_stage import TinySystem, train_dit
+from .export import dit_config, export, speech_config
+from .pool import LatentPool
+from .recipe import PRESETS, Recipe
+from .vae_stage import train_vae
+from .validate import Validation
+
+VALIDATION_CLIPS = 16
+
+
+def speech_bank(recipe: Recipe, out: Path, seed: int, split: str, count: int) -> torch.Tensor:
+    """Synthetic speech [count, samples] int16, made once per run folder."""
+    path = out / f"speech-{split}.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    bank = synthesise(count, recipe.utterance_seconds, seed=seed, split=split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(bank, path)
+    return bank
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kinora.train.tiny", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="run folder: checkpoints, curves, the exported model")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="full: one H200; smoke: minutes on a CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    recipe, device, started = PRESETS[args.preset], torch.device(args.device), time.perf_counter()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    bank = speech_bank(recipe, args.out, args.seed, "train", recipe.utterances)
+    held_out = speech_bank(recipe, args.out, args.seed, "test", min(recipe.utterances, VALIDATION_CLIPS))
+    source = ClipSource(bank, recipe, device, args.seed)
+    print(f"speech: {bank.shape[0]} utterances after {time.perf_counter() - started:.0f} s", flush=True)
+    vae = train_vae(source, recipe, args.out, device)
+
+    speech = speech_config(recipe)
+    context = (speech.left_context, speech.lookahead)
+    checks = ClipSource(held_out, recipe, device, args.seed + 1, held_out=True)
+    count = min(VALIDATION_CLIPS, recipe.flow.batch)
+    validate = Validation.prepare(checks, vae, count, context, args.out / "validation.png")
+    system = TinySystem(dit_config(recipe, speech), speech).to(device)
+    pool = LatentPool(source, vae, recipe, *context)
+    train_dit(system, pool, recipe, args.out, device, validate)
+    folder = export(system, vae, recipe, args.out / "tiny")
+    print(f"exported to {folder} after {time.perf_counter() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

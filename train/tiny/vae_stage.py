@@ -1,0 +1,105 @@
+"""First stage: the causal VAE, trained from scratch on drawn clips to reconstruct them from compact latents."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...graphs.models.wan_vae import DecoderState, VaeConfig, WanVae
+from ..loop import Curve, Ema, compile_on_gpu, load_checkpoint, save_checkpoint, set_learning_rate, warmup_cosine
+from .clips import ClipSource
+from .recipe import Recipe
+
+LATENT_CHANNELS = 16
+STATISTICS_SEED = 12345
+KL_WEIGHT = 2e-4
+EDGE_WEIGHT = 0.5
+MOVING_WEIGHT = 4.0  # extra weight of pixels that differ from the clip's first frame: mouth, lids, head outline
+LATENT_NOISE = 0.03  # share of the latent's spread: the decoder meets imperfect latents at generation
+
+
+def edges(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Horizontal and vertical differences of neighbouring pixels."""
+    return video[..., 1:] - video[..., :-1], video[..., 1:, :] - video[..., :-1, :]
+
+
+def reconstruction_loss(decoded: Tensor, video: Tensor) -> Tensor:
+    """L1 with more weight where the face moves, plus L1 of the edges."""
+    moving = (video - video[:, :, :1]).abs().amax(1, keepdim=True).clamp(max=1.0)
+    pixel = ((decoded - video).abs() * (1.0 + MOVING_WEIGHT * moving)).mean()
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(video), strict=True))
+    return pixel + EDGE_WEIGHT * edge
+
+
+def psnr(decoded: Tensor, video: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return 10.0 * torch.log10(4.0 / F.mse_loss(decoded, video))
+
+
+def vae_config(recipe: Recipe) -> VaeConfig:
+    """The tiny VAE: one residual block a level, latents not yet normalised."""
+    return VaeConfig(
+        dim=recipe.vae_dim,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks=1,
+        temporal_downsample=(False, True, True),
+        latent_mean=(0.0,) * LATENT_CHANNELS,
+        latent_std=(1.0,) * LATENT_CHANNELS,
+    )
+
+
+@torch.no_grad()
+def with_statistics(vae: WanVae, video: Tensor) -> WanVae:
+    """The same weights under a configuration whose latents of `video` have mean 0 and deviation 1 per channel."""
+    latents = vae.encode(video)
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    config = replace(vae.config, latent_mean=tuple(mean.tolist()), latent_std=tuple(std.tolist()))
+    normalised = WanVae(config).to(video.device)
+    normalised.load_state_dict(vae.state_dict())
+    compile_on_gpu(normalised.encoder, device=video.device)
+    return normalised.eval().requires_grad_(False)
+
+
+def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.device) -> WanVae:
+    """Train (or resume, or just load) the VAE; its configuration then holds measured latent statistics."""
+    stage, path = recipe.vae, out / "vae.pt"
+    vae = WanVae(vae_config(recipe)).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = Ema(vae, 0.999)
+    step = 0
+    if saved := load_checkpoint(path, device):
+        vae.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema.values, step = saved["ema"], saved["step"]
+    compile_on_gpu(vae.encoder, vae.decoder, device=device)
+    curve = Curve(out / "vae.jsonl")
+    vae.train()
+    while step < stage.steps:
+        set_learning_rate(optimizer, warmup_cosine(step, stage.steps, stage.rate, stage.warmup))
+        video = source.videos(stage.batch, recipe.vae_clip)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean, logvar = vae.encode_moments(video)
+            mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)
+            noise = (0.5 * logvar).exp() + LATENT_NOISE * mean.detach().std()
+            sampled = mean + noise * torch.randn_like(mean)
+            decoded = vae.decode_stream(sampled, DecoderState(), clamp=False)
+        loss = reconstruction_loss(decoded, video)
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (loss + KL_WEIGHT * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        ema.update(vae, step)
+        step += 1
+        if step % stage.report_every == 0:
+            curve.add(step, loss=loss.item(), kl=divergence.item(), psnr=psnr(decoded, video).item())
+        if step % stage.save_every == 0 or step == stage.steps:
+            save_checkpoint(
+                path,
+                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.values, "step": step},
+            )
+    ema.copy_to(vae)
+    return with_statistics(vae, source.fork(STATISTICS_SEED).videos(4 * stage.batch, recipe.vae_clip))
