@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .layers import Linear, PatchConv, mlp, set_compute_dtype, sinusoid, unpatchify
 from .liveavatar_audio import AUDIO_FRAMES_PER_LATENT, AudioInjector, AudioState, CausalAudioEncoder
-from .liveavatar_block import Block, Head
+from .liveavatar_block import Block, ClipRope, Head
 from .liveavatar_cache import ConditionCache, KeyValue, LayerMemory, RollingCache, condition_table
 from .liveavatar_config import LIVEAVATAR_14B, LiveAvatarConfig
 from .liveavatar_motion import FramePacker
@@ -319,7 +319,7 @@ class LiveAvatar(nn.Module):
         [N, layers, audio_dim, 4F]; ref and motion latents as in `prefill`. `history_blocks`: how many earlier blocks
         one may see (3 is what the published rolling cache gives, None: all). `frame_offset`: absolute latent frame of
         the clip's first frame, and `ref_shift` of the reference, each an int or one per sample [B]; they only move
-        rotary positions. `audio_per_block`: encode the audio block by block, as a stream does.
+        rotary positions, as a stream does. `audio_per_block`: encode the audio block by block, as a stream does.
         """
         grid, frames = self._grid(x, "x"), x.shape[2]
         if frames % self.config.num_frames_per_block:
@@ -333,16 +333,13 @@ class LiveAvatar(nn.Module):
         tokens = torch.cat((noisy, reference, motion + self._mask_row(MOTION, motion.dtype)), 1)  # [B, N + C, D]
         length = noisy.shape[1]
 
-        ropes: tuple[Tensor, ...] = (
+        rope = ClipRope(
             self.noisy_rope(frame_offset, frames, grid),
             condition_table(motion_rope, ref_shift, grid, self.config.rope_dtype),
+            condition_table(motion_rope, 0, grid, self.config.rope_dtype),
         )
-        batched = any(rope.ndim == 4 for rope in ropes)
-        ropes = tuple(r.expand(x.shape[0], *r.shape[-3:]) for r in ropes) if batched else ropes
-        rope = torch.cat(ropes, -3)
-
         per_frame = grid[0] * grid[1]
-        mask = self.block_mask(frames, per_frame, tokens.shape[1] - length, history_blocks)
+        mask = self.block_mask(frames, per_frame, tokens.shape[1] - length, history_blocks)[:length]
         time = self.embed_time(torch.cat((t.float(), t.new_zeros(t.shape[0], 1)), 1))  # the last row is for C
         rows = (torch.arange(tokens.shape[1], device=x.device) // per_frame).clamp(max=frames)
         for i, block in enumerate(self.layers):

@@ -43,6 +43,15 @@ class CrossAttention(Attention):
         return self.o(ops.rope_attention(q, [k], [v]).flatten(2))
 
 
+class ClipRope(NamedTuple):
+    """Rotary tables [(B,) tokens, d/2, 2] of a training clip: noisy tokens, and condition tokens as the noisy ones and
+    as they themselves see them (the reference moves only for the former)."""
+
+    noisy: Tensor
+    condition: Tensor
+    prefill: Tensor
+
+
 class SelfAttention(Attention):
     """The three uses of one attention layer: a whole sequence, the condition prefill, and a block of a stream."""
 
@@ -52,10 +61,24 @@ class SelfAttention(Attention):
         q, k = ops.qk_norm_rope(self.q(x), self.k(x), *weights, rope, self.num_heads, self.eps, v.dtype)
         return q, k, v
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Training: all tokens [B, L, D] at once under a block mask [L, L] (True = attend)."""
-        q, k, v = self._project(x, rope)
-        return self.o(ops.rope_attention(q, [k], [v], mask=mask).flatten(2))
+    def forward(self, x: Tensor, rope: ClipRope, mask: Tensor) -> Tensor:
+        """Training: N noisy, then C condition tokens [B, N + C, D]; `mask` [N, N + C] for the noisy queries.
+
+        Condition tokens see each other where the prefill puts them, noisy tokens see them where the stream does.
+        """
+        noisy, still = mask.shape[0], slice(mask.shape[0], None)
+        q, k, v = self._project(x, None)
+        keys = [ops.apply_rope(k[:, :noisy], rope.noisy), k[:, still]]
+        y = ops.rope_attention(
+            ops.apply_rope(q[:, :noisy], rope.noisy),
+            keys,
+            [v[:, :noisy], v[:, still]],
+            ropes=[None, rope.condition],
+            mask=mask,
+        )
+        queries = ops.apply_rope(q[:, still], rope.prefill)
+        y_still = ops.rope_attention(queries, [k[:, still]], [v[:, still]], ropes=[rope.prefill])
+        return self.o(torch.cat((y, y_still), 1).flatten(2))
 
     def prefill(self, x: Tensor, rope: Tensor, store: Callable[[KeyValue], None]) -> Tensor:
         """Condition tokens among themselves; `store` receives their keys before rotation, and their values."""
