@@ -197,6 +197,7 @@ def test_text_errors(tmp_path) -> None:
         Umt5Encoder.load(tmp_path / "t5.pth", TINY_TEXT)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_cleaning_leaves_single_spaces_and_settles(text: str) -> None:
     cleaned = clean_text(text)
@@ -204,6 +205,7 @@ def test_cleaning_leaves_single_spaces_and_settles(text: str) -> None:
     assert clean_text(text, "lower") == cleaned.lower()
 
 
+@settings(deadline=None)
 @given(st.integers(2, 16), st.integers(3, 200))
 def test_buckets_are_monotonic_and_use_every_exact_distance(quarter: int, spread: int) -> None:
     buckets, far = 4 * quarter, quarter * 2 + spread
@@ -222,7 +224,9 @@ def test_float16_overflow_is_clamped_inside_the_encoder() -> None:
     for linear, scale in ((feed_forward.wi_0, 1.0), (feed_forward.wi_1, 1.0), (feed_forward.wo, 20_000.0)):
         linear.weight.copy_(torch.randn(linear.weight.shape).mul(scale).clamp(-60_000.0, 60_000.0))
     seen: list[Tensor] = []
-    encoder.model.encoder.block[0].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    encoder.model.encoder.block[0].register_forward_hook(
+        lambda module, inputs, out: seen.append(out if isinstance(out, Tensor) else out[0])
+    )
     hidden = encoder(ids)
     assert float(seen[0].abs().max()) == 64512.0 and bool(hidden.isfinite().all())
 
@@ -255,12 +259,14 @@ def test_clip_loads_the_file_and_reads_no_more_than_it_needs(tmp_path) -> None:
     tower = ClipVision.load(tmp_path / "clip.pth", TINY_CLIP, dtype=torch.float32)
     assert len(tower.vision_model.encoder.layers) == 2
     seen: list[Tensor] = []
-    whole.vision_model.encoder.layers[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    whole.vision_model.encoder.layers[1].register_forward_hook(
+        lambda module, inputs, out: seen.append(out if isinstance(out, Tensor) else out[0])
+    )
     videos = [torch.rand(3, 2, 20, 30) * 2 - 1, torch.rand(3, 1, 40, 10) * 2 - 1]
     whole(videos)
     rows = tower(videos)
     assert rows.shape == (3, 5, 16)
-    torch.testing.assert_close(rows, seen[0] if isinstance(seen[0], Tensor) else seen[0][0])
+    torch.testing.assert_close(rows, seen[0])
 
 
 def test_clip_pixels_of_a_plain_picture() -> None:
@@ -328,6 +334,7 @@ def test_normalising_silence_gives_silence() -> None:
     assert float(normalise_waveform(torch.zeros(1, 100)).abs().max()) == 0.0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.sampled_from([15, 16, 20, 24, 25, 30]), st.integers(1, 60), st.integers(0, 3))
 def test_windows_cover_the_sound_and_are_zero_after_it(total: int, fps: int, batch: int, m: int) -> None:
     features = torch.arange(1.0, total + 1).view(1, total, 1).repeat(2, 1, 1)

@@ -90,7 +90,7 @@ class Umt5Encoder(nn.Module):
         super().__init__()
         self.size = size
         self.model = UMT5EncoderModel(size.to_transformers()).eval().requires_grad_(False)
-        self.model.set_attn_implementation("eager")  # logits, position bias and mask round one after the other
+        self.model.encoder.set_attn_implementation("eager")  # logits, position bias and mask round one after the other
         self.model.encoder.embed_tokens = self.model.shared
         for block in self.model.encoder.block:
             for part in (block.layer[0], block.layer[-1]):  # their results are the two residual sums
