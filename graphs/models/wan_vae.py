@@ -185,7 +185,7 @@ class WanVae(nn.Module):
         pass, None for all at once. ValueError for a wrong shape.
         """
         mean, _ = self.encode_moments(video, chunk=chunk)
-        return (self.normalise(mean) if normalised else mean).float()
+        return (self.normalise(mean) if normalised else mean).float().contiguous()
 
     def encode_moments(self, video: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Clip [B, 3, T, H, W] -> mean and log-variance, both [B, z, F, H/8, W/8], not normalised."""
@@ -225,7 +225,7 @@ class WanVae(nn.Module):
             moments = video.new_empty(video.shape[0], 2 * self.config.z_dim, 0, rows, columns)
         state.pending = video[:, :, usable:].clone() if usable < frames else None
         mean = moments.chunk(2, 1)[0]
-        return (self.normalise(mean) if normalised else mean).float()
+        return (self.normalise(mean) if normalised else mean).float().contiguous()
 
     def _encode_chunk(self, video: Tensor, state: EncoderState) -> Tensor:
         self._check_state(video, *state.slots[:1])
@@ -287,7 +287,7 @@ class WanVae(nn.Module):
         self._check_state(latents, *state.slots[:1])
         cursor = SlotCursor(state.slots)
         x = self.conv2(self.denormalise(latents.to(self.precision.latents)))
-        frames = self.decoder(x, cursor).float()
+        frames = self.decoder(x, cursor).float().contiguous()
         state.slots = cursor.slots
         return frames.clamp(-1, 1) if clamp else frames
 

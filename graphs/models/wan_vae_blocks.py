@@ -51,10 +51,18 @@ class ChannelRmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gamma = self.gamma.reshape(-1, *(1,) * (x.dim() - 2))
         root = x.shape[1] ** 0.5
-        square = x.float().square().sum(1, keepdim=True).clamp_min(1e-24)  # a floor on the norm, exact 0 stays 0
-        if self.wide or x.dtype == torch.float32:
-            return x * (square.rsqrt() * root) * gamma
-        return x / square.sqrt().to(x.dtype) * root * gamma
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        if not self.wide:
+            norm = norm.to(x.dtype)
+        y = x / norm.clamp_min(1e-12)
+        if torch.is_grad_enabled():
+            return y * root * gamma
+        return y.mul_(root).mul_(gamma)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else reads: in place unless gradients are recorded."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class CausalConv3d(nn.Conv3d):
@@ -98,8 +106,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cursor: SlotCursor) -> Tensor:
         norm_a, conv_a, norm_b, conv_b = self.residual.values()
-        y = conv_a(F.silu(norm_a(x)), cursor)
-        y = conv_b(F.silu(norm_b(y)), cursor)
+        y = conv_a(silu(norm_a(x)), cursor)
+        y = conv_b(silu(norm_b(y)), cursor)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -163,19 +171,19 @@ class Upsample(nn.Module):
         large = F.interpolate(frames.flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
         return self.resample["1"](large.unflatten(0, frames.shape[:2]).transpose(1, 2))
 
-    def _double(self, x: Tensor, cursor: SlotCursor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, 2T, H, W]: both halves of the channels of one frame follow each other."""
-        pairs = self.time_conv(x, cursor).unflatten(1, (2, -1))  # type: ignore[misc]  # [B, 2, C, T, H, W]
-        return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    def _double(self, x: Tensor, cursor: SlotCursor) -> list[Tensor]:
+        """[B, C, T, H, W] -> 2T frames [B, C, 1, H, W]: both halves of the channels of a frame follow each other."""
+        pairs = self.time_conv(x, cursor)  # type: ignore[misc]  # [B, 2C, T, H, W]
+        return [half for frame in pairs.split(1, 2) for half in frame.chunk(2, 1)]
 
     def forward(self, x: Tensor, cursor: SlotCursor) -> Tensor:
         if self.time_conv is not None:
             if not cursor.first:
-                x = self._double(x, cursor)
+                x = torch.cat(self._double(x, cursor), 2)
             elif x.shape[2] == 1:
                 cursor.put(ops.next_history(torch.zeros_like(x), None))
             else:
-                x = torch.cat((x[:, :, :1], self._double(x[:, :, 1:], cursor)), 2)
+                x = torch.cat((x[:, :, :1], *self._double(x[:, :, 1:], cursor)), 2)
         return self.spatial(x)
 
 
@@ -208,7 +216,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.downsamples, *self.middle):
             x = block(x, cursor)
-        return self.head["2"](F.silu(self.head["0"](x)), cursor)
+        return self.head["2"](silu(self.head["0"](x)), cursor)
 
 
 class Decoder(nn.Module):
@@ -233,4 +241,4 @@ class Decoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.middle, *self.upsamples):
             x = block(x, cursor)
-        return self.head["2"](F.silu(self.head["0"](x)), cursor)
+        return self.head["2"](silu(self.head["0"](x)), cursor)

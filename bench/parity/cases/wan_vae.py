@@ -260,7 +260,8 @@ def mixed_precision(case: Case) -> dict[str, Tensor]:
 def _stages(case: Case, vae: WanVae, z: Tensor) -> dict[str, Tensor]:
     """Every stage of the decoder, fed with the golden's previous stage; slots from our run over the frames before."""
     found = {"mid.conv2": vae.conv2(vae.denormalise(z.to(vae.precision.latents)))}
-    decoder, slots = vae.decoder, []
+    decoder = vae.decoder
+    slots: list[Tensor] = []
     for frame in case.json["mid_frames"]:
         cursor = SlotCursor(slots)
         prefix = f"mid.frame{frame}."
