@@ -21,7 +21,7 @@ class SpeechConfig:
     mels: int = 40
     channels: int = 64
     layers: int = 5
-    lookahead: int = 6
+    lookahead: int = 4
 
     @property
     def left_context(self) -> int:

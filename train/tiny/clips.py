@@ -91,6 +91,12 @@ class ClipSource:
         start = int(self._integers(LEAD_IN, motion.shape[1] - frames + 1, 1))
         return self.render(self.identities(count), motion[:, start : start + frames])
 
+    def crops(self, count: int, frames: int, side: int) -> Tensor:
+        """`count` short clips [B, 3, frames, side, side], the same random window of each."""
+        video = self.videos(count, frames)
+        top, left = self._integers(0, self.recipe.size - side + 1, 2).tolist()
+        return video[..., top : top + side, left : left + side].contiguous()
+
     def render(self, identity: Identity, motion: Motion) -> Tensor:
         """Video [B, 3, T, S, S] of the recipe's size."""
         return render(identity, motion, self.recipe.size, draw=self.draw)

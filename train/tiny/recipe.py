@@ -25,21 +25,22 @@ class Recipe:
     """
 
     size: int = 192
-    vae_dim: int = 16
+    vae_dim: int = 24
     dim: int = 256
     heads: int = 8
     layers: int = 6
     blocks: int = 4
     preroll: int = 9
     still: int = 17
-    utterances: int = 1200
+    utterances: int = 800
     utterance_seconds: float = 10.0
     pool: int = 6144
     refill: int = 32
     refill_every: int = 4
     vae_clip: int = 17
-    vae: Stage = field(default_factory=lambda: Stage(steps=4000, batch=8, rate=2e-3))
-    flow: Stage = field(default_factory=lambda: Stage(steps=5500, batch=64, rate=1.2e-3))
+    vae_crop: int = 128
+    vae: Stage = field(default_factory=lambda: Stage(steps=4400, batch=10, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=4600, batch=64, rate=1.2e-3))
     rollout: Stage = field(default_factory=lambda: Stage(steps=800, batch=64, rate=4e-4))
 
     @property
@@ -55,6 +56,7 @@ SMOKE = Recipe(
     heads=2,
     layers=2,
     blocks=2,
+    vae_crop=32,
     utterances=4,
     utterance_seconds=6.0,
     pool=8,

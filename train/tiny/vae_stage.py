@@ -14,10 +14,10 @@ from .recipe import Recipe
 
 LATENT_CHANNELS = 16
 STATISTICS_SEED = 12345
-KL_WEIGHT = 2e-4
+KL_WEIGHT = 5e-5
 EDGE_WEIGHT = 0.5
 MOVING_WEIGHT = 4.0  # extra weight of pixels that differ from the clip's first frame: mouth, lids, head outline
-LATENT_NOISE = 0.03  # share of the latent's spread: the decoder meets imperfect latents at generation
+LATENT_NOISE = 0.01  # share of the latent's spread: the decoder meets imperfect latents at generation
 
 
 def edges(video: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,11 +39,11 @@ def psnr(decoded: Tensor, video: Tensor) -> Tensor:
 
 
 def vae_config(recipe: Recipe) -> VaeConfig:
-    """The tiny VAE: one residual block a level, latents not yet normalised."""
+    """The tiny VAE: wide where the picture is large, one residual block a level, latents not yet normalised."""
     return VaeConfig(
         dim=recipe.vae_dim,
         z_dim=LATENT_CHANNELS,
-        dim_mult=(1, 2, 4, 4),
+        dim_mult=(1, 1, 2, 3),
         num_res_blocks=1,
         temporal_downsample=(False, True, True),
         latent_mean=(0.0,) * LATENT_CHANNELS,
@@ -79,7 +79,7 @@ def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.devic
     vae.train()
     while step < stage.steps:
         set_learning_rate(optimizer, warmup_cosine(step, stage.steps, stage.rate, stage.warmup))
-        video = source.videos(stage.batch, recipe.vae_clip)
+        video = source.crops(stage.batch, recipe.vae_clip, recipe.vae_crop)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean, logvar = vae.encode_moments(video)
             mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)

@@ -29,6 +29,7 @@ class Validation:
     encoded: dict[str, Tensor]
     vae: WanVae
     pictures: Path
+    vae_psnr: float  # of encoding and decoding alone: what the transformer can reach at best
 
     @classmethod
     def prepare(cls, source: ClipSource, vae: WanVae, count: int, context: tuple[int, int], out: Path) -> "Validation":
@@ -42,9 +43,10 @@ class Validation:
                 "features": clips.features,
                 "first": clips.first,
             }
+            vae_psnr = float(psnr(vae.decode(encoded["latents"]), clips.video))
         encoded["warm"] = encoded["latents"][:, :, :-frames]
         encoded["latents"] = encoded["latents"][:, :, -frames:]
-        return cls(clips, encoded, vae, out)
+        return cls(clips, encoded, vae, out, vae_psnr)
 
     @torch.no_grad()
     def __call__(self, system: TinySystem, sigmas: Tensor) -> dict[str, float]:
@@ -59,6 +61,7 @@ class Validation:
         return {
             "latent_mse": float((latents - self.encoded["latents"]).square().mean()),
             "psnr": float(psnr(decoded, wanted)),
+            "vae_psnr": self.vae_psnr,
             "mouth_correlation": correlation(opening.flatten(), drawn.flatten()),
         }
 
