@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...graphs.models.liveavatar import ConditionCache, LiveAvatar
-from ..samplers import Schedule
+from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs, DenoisingStep, Observer
 
 
@@ -13,23 +13,23 @@ class SingleDevice:
     """LiveAvatar's steps on the device of the model: what depends on the prompt, the audio or the condition is
     computed once and shared by all steps (liveavatar.md, 6.1).
 
-    `context` [n, text_dim]: prompt rows; `grid`: latent (rows, columns); `steps`: which steps of the schedule live
-    here, None for all; `observe` sees every step's input and flow.
+    `context` [n, text_dim]: prompt rows; `grid`: latent (rows, columns); `steps`: which steps of the mode live here,
+    None for all; `observe` sees every step's input and flow.
     """
 
     def __init__(
         self,
         dit: LiveAvatar,
         context: Tensor,
-        schedule: Schedule,
+        mode: GenerationMode,
         grid: tuple[int, int],
         steps: Sequence[int] | None = None,
         observe: Observer | None = None,
     ):
         self.dit = dit
         self.text = dit.embed_text(context.to(device=dit.device, dtype=dit.dtype))
-        indices = range(len(schedule)) if steps is None else steps
-        self.steps = [DenoisingStep(dit, schedule, k, grid) for k in indices]
+        indices = range(mode.steps) if steps is None else steps
+        self.steps = [DenoisingStep(dit, mode, k, grid) for k in indices]
         self.observe = observe
         self.sink: ConditionCache | None = None
 
@@ -41,7 +41,7 @@ class SingleDevice:
         """Latents [1, 16, block latents, h, w] at the first step's noise level -> after the last step."""
         if self.sink is None:
             raise RuntimeError("there is no condition yet; call condition() before the first block")
-        audio = self.dit.encode_audio(block.audio)
+        audio = self.dit.encode_audio(block.audio.to(self.dit.device))
         for step in self.steps:
             x = step(x, block, self.text, audio, self.sink, self.observe)
         return x

@@ -7,7 +7,7 @@ has on its own device. The result is that of `SingleDevice`, exactly in float32.
 from torch import Tensor
 
 from ...graphs.models.liveavatar import LiveAvatar
-from ..samplers import Schedule
+from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs, Observer
 from .single import SingleDevice
 
@@ -19,11 +19,11 @@ class SequentialPipeline:
         self,
         dit: LiveAvatar,
         context: Tensor,
-        schedule: Schedule,
+        mode: GenerationMode,
         grid: tuple[int, int],
         observe: Observer | None = None,
     ):
-        self.ranks = [SingleDevice(dit, context, schedule, grid, [k], observe) for k in range(len(schedule))]
+        self.ranks = [SingleDevice(dit, context, mode, grid, [k], observe) for k in range(mode.steps)]
 
     def condition(self, reference: Tensor, motion: Tensor) -> None:
         """What the decoding rank broadcasts: every rank prefills its own condition cache."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...graphs.models.liveavatar import LiveAvatar
 from ...graphs.models.wan_vae import WanVae
+from ..errors import CheckpointError
 from .audio_features import AudioFeatures
 from .liveavatar_conditions import PoseTrack, motion_latents, reference_latent
 from .liveavatar_decode import ClipDecoder, StreamDecoder
@@ -32,7 +33,7 @@ class Denoiser(Protocol):
 class LiveAvatarSystem:
     """The loaded models and how to run them.
 
-    `encode_prompt`: prompt -> rows [n, text_dim]; `audio_features`: a fresh extractor for one video;
+    `encode_prompt`: prompt -> rows [n, text_dim]; `audio_features`: a fresh extractor for one video in a mode;
     `size`: (height, width) in pixels that the model was trained for, None to follow the picture within `max_area`.
     """
 
@@ -40,16 +41,19 @@ class LiveAvatarSystem:
     vae: WanVae
     mode: GenerationMode
     encode_prompt: Callable[[str], Tensor]
-    audio_features: Callable[[], AudioFeatures]
+    audio_features: Callable[[GenerationMode], AudioFeatures]
     size: tuple[int, int] | None = None
     max_area: int = 704 * 384
 
     def __post_init__(self) -> None:
-        if self.dit.config.num_frames_per_block != self.mode.block_latents:
-            raise ValueError(
-                f"the model denoises blocks of {self.dit.config.num_frames_per_block} latent frames and the mode asks "
-                f"for {self.mode.block_latents}; make them equal"
-            )
+        pairs = {
+            "latent frames in a block": (self.dit.config.num_frames_per_block, self.mode.block_latents),
+            "latent channels": (self.dit.config.in_dim, self.vae.config.z_dim),
+            "frames in a latent frame": (self.vae.config.temporal_factor, self.mode.frames_per_latent),
+        }
+        for what, (one, other) in pairs.items():
+            if one != other:
+                raise CheckpointError(f"the parts of this model do not fit: {one} and {other} {what}")
 
 
 class BlockStream:
@@ -119,7 +123,8 @@ class BlockStream:
         if clip == 1 and self.mode.resink is not Resink.NEVER:
             assert self.first_latent is not None
             motion = self.motion
-            if self.mode.resink is Resink.REFERENCE_AND_MOTION and isinstance(self.decoder, ClipDecoder):
+            if self.mode.resink is Resink.REFERENCE_AND_MOTION:
+                assert isinstance(self.decoder, ClipDecoder)
                 motion = self.decoder.context
             self.denoiser.condition(self.first_latent, motion)
 

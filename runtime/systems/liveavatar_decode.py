@@ -50,7 +50,7 @@ class ClipDecoder:
         video = self.vae.decode(torch.cat((self.context, *self.blocks), 2))
         frames = video[:, :, -self.mode.clip_frames :][:, :, self.to_drop :]
         self.to_drop, self.blocks = 0, []
-        slid = min(self.mode.slide_frames, frames.shape[2])
+        slid = min(self.mode.slide_frames, self.mode.motion_frames, frames.shape[2])
         self.window = torch.cat((self.window[:, :, slid:], frames[:, :, -slid:].to(self.window)), 2)
         self.context = self.vae.encode(self.window)
         return frames[0]

@@ -35,6 +35,7 @@ class GenerationMode:
 
     - `steps` denoising steps, `sample_shift` of the flow-matching schedule.
     - a block is `block_latents`, a clip `clip_blocks` blocks: the unit of noise seeds and pose videos.
+    - `cache_latents`: length of each step's rolling cache, None for the model's own.
     - the reference is latent `reference_index` of `reference_frames` copies of the picture; the motion latents
       encode `motion_frames` copies.
     - `drop_first_frames` of a video are never shown; with `aligned` the sound is delayed by as many frames, so that
@@ -46,6 +47,7 @@ class GenerationMode:
     sample_shift: float = 3.0
     block_latents: int = 3
     clip_blocks: int = 4
+    cache_latents: int | None = None
     reference_frames: int = 5
     reference_index: int = 1
     motion_frames: int = 365
@@ -65,10 +67,16 @@ class GenerationMode:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.cache_latents is not None and (self.cache_latents < 1 or self.cache_latents % self.block_latents):
+            raise InputError(
+                f"the cache must hold whole blocks: {self.cache_latents} is no multiple of {self.block_latents}"
+            )
         if not 0 <= self.drop_first_frames < self.block_frames:
             raise InputError(f"drop_first_frames must be in 0..{self.block_frames - 1}, not {self.drop_first_frames}")
         if not 0 <= self.reference_index <= (self.reference_frames - 1) // self.frames_per_latent:
             raise InputError(f"{self.reference_frames} frames have no latent frame {self.reference_index}")
+        if self.resink is Resink.REFERENCE_AND_MOTION and self.decoding is not Decoding.CLIP:
+            raise InputError("a new motion condition needs decoded clips; use Decoding.CLIP or Resink.REFERENCE")
         if not 0 <= self.near_distance <= self.far_distance:
             raise InputError(f"the range {self.near_distance}..{self.far_distance} of reference distances is empty")
 
@@ -98,8 +106,12 @@ class GenerationMode:
         return math.ceil(samples / self.samples_per_frame)
 
     def blocks_for(self, frames: int) -> int:
-        """Blocks to generate for `frames` shown frames."""
-        return math.ceil((frames + self.drop_first_frames) / self.block_frames) if frames else 0
+        """Blocks to generate until `frames` frames are shown: whole clips where clips are decoded."""
+        if not frames:
+            return 0
+        blocks = math.ceil((frames + self.drop_first_frames) / self.block_frames)
+        whole = self.clip_blocks if self.decoding is Decoding.CLIP else 1
+        return math.ceil(blocks / whole) * whole
 
 
 SINGLE = GenerationMode(decoding=Decoding.CLIP, aligned=False)

@@ -5,12 +5,13 @@ is the unit of placement: all of them on one device, or one per device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...graphs.models.liveavatar import AudioState, ConditionCache, LiveAvatar, RollingCache, TextState, ref_shift
-from ..samplers import Schedule, euler_step
+from ..samplers import euler_step
+from .liveavatar_mode import GenerationMode
 
 Observer = Callable[[int, int, Tensor, Tensor], None]  # block, step, latents before, flow
 
@@ -31,18 +32,20 @@ class BlockInputs:
 
 
 class DenoisingStep:
-    """Step `index` of `schedule`: its time embedding, computed once, and its rolling cache.
+    """Step `index` of the mode's schedule: its time embedding, computed once, and its rolling cache.
 
     `grid` is (latent rows, latent columns).
     """
 
-    def __init__(self, dit: LiveAvatar, schedule: Schedule, index: int, grid: tuple[int, int]):
+    def __init__(self, dit: LiveAvatar, mode: GenerationMode, index: int, grid: tuple[int, int]):
+        schedule = mode.schedule()
         self.dit = dit
         self.index = index
         self.sigma, self.sigma_next = schedule.sigmas[index], schedule.sigmas[index + 1]
         self.time = dit.embed_time(schedule.timesteps[index].float().reshape(1, 1).to(dit.device))
         tokens = (grid[0] // 2) * (grid[1] // 2)
-        self.cache = RollingCache.allocate(dit.config, tokens, dtype=dit.dtype, device=dit.device)
+        window = replace(dit.config, cache_frames=mode.cache_latents or dit.config.cache_frames)
+        self.cache = RollingCache.allocate(window, tokens, dtype=dit.dtype, device=dit.device)
 
     def __call__(
         self,

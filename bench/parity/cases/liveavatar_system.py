@@ -75,7 +75,7 @@ class Recorder:
     def __init__(self, placement: Placement, dit: LiveAvatar, context: Tensor, mode: GenerationMode, grid):
         self.sinks = 0
         self.seen: dict[str, Tensor] = {}
-        self.denoiser = placement(dit, context, mode.schedule(), grid, observe=self.observe)
+        self.denoiser = placement(dit, context, mode, grid, observe=self.observe)
 
     def observe(self, block: int, step: int, x: Tensor, flow: Tensor) -> None:
         self.seen[f"mid.b{block}.s{step}.x"] = x[0]

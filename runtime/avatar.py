@@ -1,0 +1,152 @@
+"""The thing that people hold: a loaded model that turns pictures and voices into talking videos."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .inputs import AudioInput, ImageInput, as_picture, as_sound
+from .media.writer import VideoWriter
+from .placement.single import SingleDevice
+from .preprocess import image_pixels, select_size
+from .session import Session
+from .systems.liveavatar import BlockStream, LiveAvatarSystem
+from .systems.liveavatar_draws import SeededDraws
+from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
+
+FILE_SOUND_RATE = 48_000  # samples per second of the sound of a file in the video
+SMALLEST, LARGEST = 64, 2048  # pixels a side
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames uint8 RGB [T, H, W, 3] at `fps`, and mono float32 sound at `audio_rate`; both start at time 0."""
+
+    frames: np.ndarray
+    fps: int
+    audio: np.ndarray
+    audio_rate: int
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an MP4 (H.264, AAC). Errors: InputError for another ending, OutputError when it cannot be written."""
+        height, width = self.frames.shape[1:3]
+        with VideoWriter(path, width, height, self.fps, self.audio_rate) as writer:
+            for start in range(0, len(self.frames), self.fps):  # second by second, so that the streams interleave
+                writer.write_frames(self.frames[start : start + self.fps])
+                second = start // self.fps
+                writer.write_audio(self.audio[second * self.audio_rate : (second + 1) * self.audio_rate])
+
+
+class Avatar:
+    """A loaded model; make one with `load`. Several sessions may run side by side, each holds its own state."""
+
+    def __init__(self, name: str, system: LiveAvatarSystem):
+        self.name = name
+        self.system = system
+
+    @property
+    def mode(self) -> GenerationMode:
+        """How it generates; `configured` changes it."""
+        return self.system.mode
+
+    @property
+    def fps(self) -> int:
+        return self.mode.fps
+
+    @property
+    def size(self) -> int | None:
+        """Shorter side in pixels of the videos that the model was trained for, None when they follow the picture."""
+        return None if self.system.size is None else min(self.system.size)
+
+    def configured(self, **changes: Any) -> "Avatar":
+        """The same model in another `GenerationMode`: `configured(cache_latents=6)`, `configured(aligned=False)`, ...
+
+        Errors: InputError for an unknown option or a value that does not fit.
+        """
+        unknown = changes.keys() - GenerationMode.__dataclass_fields__.keys()
+        if unknown:
+            known = ", ".join(GenerationMode.__dataclass_fields__)
+            raise InputError(f"a mode has no option {', '.join(sorted(unknown))}; it has {known}")
+        return Avatar(self.name, replace(self.system, mode=replace(self.mode, **changes)))
+
+    def video_size(self, picture: np.ndarray, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(height, width) of the video of a picture [H, W, 3]: `size`, the model's own, or near the picture's shape."""
+        if size is None:
+            return self.system.size or select_size(picture.shape[0], picture.shape[1], self.system.max_area)
+        step = 2 * self.system.vae.config.spatial_factor
+        fits = len(size) == 2 and all(side % step == 0 and SMALLEST <= side <= LARGEST for side in size)
+        if not fits:
+            raise InputError(
+                f"a video cannot be {' x '.join(str(side) for side in size)} pixels (height x width); both sides must "
+                f"be multiples of {step} from {SMALLEST} to {LARGEST}"
+            )
+        return size[0], size[1]
+
+    def stream(
+        self,
+        image: ImageInput,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Session:
+        """Open an endless video of the person in `image` (a path, a PIL image or uint8 RGB [H, W, 3]).
+
+        `seed`: same seed, same frames; `steps`: denoising steps, None for the mode's; `size`: (height, width) in
+        pixels, None to choose. The picture is scaled and cropped at the centre to that size.
+        Errors: InputError for a picture, seed, number of steps or size that cannot be used.
+        """
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"the seed is {seed!r}; pass a whole number from 0 to 2^63 - 1")
+        mode = self.mode if steps is None else replace(self.mode, steps=steps)
+        picture = as_picture(image)
+        height, width = self.video_size(picture, size)
+
+        def open_blocks() -> BlockStream:
+            dit, vae = self.system.dit, self.system.vae
+            context = self.system.encode_prompt(prompt)
+            return BlockStream(
+                vae,
+                mode,
+                image_pixels(picture, height, width).to(dit.device),
+                lambda grid: SingleDevice(dit, context, mode, grid),
+                SeededDraws(seed, mode, dit.dtype, dit.device),
+            )
+
+        return Session(open_blocks, self.system.audio_features(mode), mode, (height, width))
+
+    def generate(
+        self,
+        image: ImageInput,
+        audio: AudioInput,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Video:
+        """A whole video: the frames of `stream` fed with all of `audio` (a path, or float32 [n] mono at 16 kHz).
+
+        It has ceil(seconds * fps) frames. `on_progress(frames done, frames in all)` is called after every block.
+        Errors: as `stream`, and InputError for a sound that cannot be read or used.
+        """
+        samples, heard, rate = as_sound(audio, AUDIO_RATE, FILE_SOUND_RATE)
+        with self.stream(image, prompt=prompt, seed=seed, steps=steps, size=size) as session:
+            mode = session.mode
+            total, done = mode.frames_for(len(samples)), 0
+            frames = np.empty((total, *session.size, 3), np.uint8)
+            piece = mode.block_frames * mode.samples_per_frame
+            for start in range(0, len(samples) + piece, piece):
+                last = start >= len(samples)
+                new = session.finish() if last else session.feed(samples[start : start + piece])
+                frames[done : done + len(new)] = new
+                done += len(new)
+                if on_progress and len(new):
+                    on_progress(done, total)
+        return Video(frames, mode.fps, heard, rate)

@@ -1,0 +1,87 @@
+"""`load`: the name of a model -> an `Avatar` that is ready to talk.
+
+Models and media are imported when one is loaded: the package imports this file at once (a function named like its
+module must be bound first), and training needs neither.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from .avatar import Avatar
+
+TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
+MODELS = {
+    "tiny": "the embedded model: drawn faces, no download, no prompt",
+    "liveavatar-14b": "LiveAvatar on Wan2.2-S2V-14B; pass checkpoint=FOLDER",
+}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLACEMENTS = ("auto", "single")
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = "tiny",
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    precision: str = "auto",
+    placement: str = "auto",
+    device: str = "auto",
+) -> "Avatar":
+    """Load a model by its name (`MODELS`), or a folder that `python -m kinora.train.tiny` wrote.
+
+    - `checkpoint`: the folder of the published files, for models that are not embedded.
+    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
+    - `placement`: "single" (all on one device); "auto" chooses it.
+    - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
+
+    Errors: InputError for an unknown name or option (with what there is), CheckpointError for missing files or
+    weights that do not fit.
+    """
+    from .avatar import Avatar
+    from .systems.embedded import CONFIG_FILE, load_embedded
+
+    _check_choice("precision", precision, ("auto", *PRECISIONS))
+    _check_choice("placement", placement, PLACEMENTS)
+    target, name = pick_device(device), os.fspath(name_or_path)
+    if name == "liveavatar-14b":
+        if checkpoint is None:
+            raise CheckpointError(f"{name} is not embedded; pass checkpoint=, the folder of Wan2.2-S2V-14B")
+        folder = Path(checkpoint)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}; pass the folder of Wan2.2-S2V-14B")
+        from .systems.liveavatar_checkpoint import load_published
+
+        return Avatar(name, load_published(folder, PRECISIONS.get(precision, torch.bfloat16), target))
+    if checkpoint is not None:
+        raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
+    folder = TINY_FOLDER if name == "tiny" else Path(name)
+    if name != "tiny" and not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"there is no model {name!r}; known are {_names()}, or a folder with a {CONFIG_FILE}")
+    return Avatar(folder.name, load_embedded(folder, PRECISIONS.get(precision, torch.float32), target))
+
+
+def _names() -> str:
+    return ", ".join(MODELS)
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{what} {value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto": CUDA where there is one, else the CPU; otherwise a torch device name. InputError for an absent one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device; use 'auto', 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here; use device='cpu' or 'auto'")
+    return chosen

@@ -1,0 +1,125 @@
+"""A running video: sound goes in piece by piece, frames come out as soon as a block of them can be made."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .inputs import as_samples
+from .systems.audio_features import AudioFeatures
+from .systems.liveavatar import BlockStream, frames_to_bytes
+from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """Numbers of a session so far; the times count work, not waiting for sound.
+
+    `time_to_first_frame`: seconds from the opening of the session (picture, prompt and condition included) to its
+    first frame, None before it; `fps`: frames made per second of work after the opening; `audio_seconds`: sound fed.
+    """
+
+    time_to_first_frame: float | None
+    fps: float
+    frames: int
+    audio_seconds: float
+
+
+class Session:
+    """One endless video, opened by `Avatar.stream`. Its memory does not grow, however long it runs.
+
+    Frame i belongs to the sound at i / `fps` seconds. The frames do not depend on how the sound is cut into pieces.
+    `size` is (height, width) in pixels. As a context manager it closes itself.
+    """
+
+    def __init__(
+        self,
+        open_blocks: Callable[[], BlockStream],
+        features: AudioFeatures,
+        mode: GenerationMode,
+        size: tuple[int, int],
+    ):
+        started = time.perf_counter()
+        self.mode = mode
+        self.size = size
+        self._features = features
+        self._samples = 0
+        self._frames = 0
+        self._finished = False
+        self._first_frame: float | None = None
+        with torch.inference_mode():
+            self._blocks: BlockStream | None = open_blocks()
+            # features [K, C, n] of frames that do not fill a block yet
+            self._pending = features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
+        self._opening = time.perf_counter() - started
+        self._working = 0.0
+
+    @property
+    def fps(self) -> int:
+        return self.mode.fps
+
+    @property
+    def stats(self) -> SessionStats:
+        rate = self._frames / self._working if self._working else 0.0
+        return SessionStats(self._first_frame, rate, self._frames, self._samples / AUDIO_RATE)
+
+    def feed(self, samples: np.ndarray) -> np.ndarray:
+        """Mono sound, float32 [n] at 16 kHz (any n) -> the new frames, uint8 RGB [T, H, W, 3], T may be 0.
+
+        Errors: InputError for another shape or type, for NaN or infinite samples, and after `finish` or `close`.
+        """
+        self._check_open()
+        samples = as_samples(samples)
+        self._samples += len(samples)
+        return self._run(self._features.push, torch.from_numpy(np.ascontiguousarray(samples)))
+
+    def finish(self) -> np.ndarray:
+        """The remaining frames, as if silence followed: ceil(seconds * fps) in all. Takes no more sound afterwards."""
+        self._check_open()
+        self._finished = True
+        mode, total = self.mode, self.mode.frames_for(self._samples)
+        wanted = mode.blocks_for(total) * mode.block_frames - mode.lead_frames
+        silence = torch.zeros(max(wanted * mode.samples_per_frame - self._samples, 0))
+        made = self._frames
+        last = [self._run(self._features.push, silence), self._run(lambda _: self._features.finish(), silence)]
+        self._frames = min(self._frames, total)
+        return np.concatenate(last)[: total - made]
+
+    def close(self) -> None:
+        """Free the session's memory; frames that `finish` would have given are lost."""
+        self._blocks = None
+        self._finished = True
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._finished:
+            raise InputError("this session has ended; open a new one with Avatar.stream()")
+
+    @torch.inference_mode()
+    def _run(self, extract: Callable[[Tensor], Tensor], samples: Tensor) -> np.ndarray:
+        """Features of `samples` -> frames of the blocks that are now complete."""
+        started = time.perf_counter()
+        assert self._blocks is not None
+        self._pending = torch.cat((self._pending, extract(samples)), -1)
+        frames, step = [np.empty((0, *self.size, 3), np.uint8)], self.mode.block_frames
+        while self._pending.shape[-1] >= step:
+            _, shown = self._blocks.next(self._pending[None, ..., :step])
+            self._pending = self._pending[..., step:].clone()
+            frames.append(frames_to_bytes(shown).cpu().numpy())
+            self._frames += len(frames[-1])
+            if self._first_frame is None and self._frames:
+                self._first_frame = self._opening + self._working + time.perf_counter() - started
+        self._working += time.perf_counter() - started
+        return np.concatenate(frames)

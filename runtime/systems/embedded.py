@@ -1,0 +1,77 @@
+"""A small model in one folder: `config.json` and one safetensors file with keys `dit.*`, `vae.*`, `speech.*`.
+
+`config.json` holds `size` [height, width], the sizes of the three networks, and `mode`: what differs from the default
+`GenerationMode`. Such a model knows no words: its prompt is a constant of zeros.
+"""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from ...graphs.models.speech import SpeechConfig, SpeechFrontEnd
+from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, VaeConfig, WanVae
+from ..errors import CheckpointError, InputError
+from .audio_features import SpeechFeatures
+from .liveavatar import LiveAvatarSystem
+from .liveavatar_mode import Decoding, GenerationMode, Resink
+from .weights import assign_weights, read_weights
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "tiny.safetensors"
+ENUMS: dict[str, type[Enum]] = {"resink": Resink, "decoding": Decoding}
+
+
+def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> LiveAvatarSystem:
+    """The model of a folder. Raises CheckpointError for missing files, wrong keys or a configuration that is none."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing)}; train with `python -m kinora.train.tiny` or reinstall"
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        with torch.device("meta"):
+            dit = LiveAvatar(LiveAvatarConfig(**_dit_values(config["dit"])))
+            vae = WanVae(VaeConfig(**_tuples(config["vae"])))
+            speech = SpeechFrontEnd(SpeechConfig(**config["speech"]))
+        mode = GenerationMode(**_mode_values(config["mode"]))
+        height, width = config["size"]
+    except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is no configuration of this model: {error!r}") from error
+    state = read_weights(folder / WEIGHTS_FILE)
+    parts = {"dit": dit, "vae": vae, "speech": speech}
+    for prefix, module in parts.items():
+        own = {k.removeprefix(f"{prefix}."): state.pop(k) for k in list(state) if k.startswith(f"{prefix}.")}
+        kept = torch.float32 if module is speech else dtype
+        assign_weights(module, own, folder / WEIGHTS_FILE, f"{prefix} network", kept, device)
+    if state:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds keys of no network: {', '.join(sorted(state)[:12])}")
+    vae.set_precision(FLOAT32 if dtype == torch.float32 else BF16_AUTOCAST)
+    prompt = torch.zeros(dit.config.text_len, dit.config.text_dim)
+    return LiveAvatarSystem(
+        dit,
+        vae,
+        mode,
+        encode_prompt=lambda _: prompt,
+        audio_features=lambda mode: SpeechFeatures(speech, mode.block_frames, device),
+        size=(height, width),
+    )
+
+
+def _mode_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `GenerationMode`, enumerations by their value."""
+    return {key: ENUMS[key](value) if key in ENUMS else value for key, value in values.items()}
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _dit_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `LiveAvatarConfig`, the dtype by its name."""
+    named = {"rope_dtype": getattr(torch, values["rope_dtype"])} if "rope_dtype" in values else {}
+    return _tuples(values) | named
