@@ -96,7 +96,8 @@ def back_hair(canvas: Canvas, grid: Grid, face: Identity) -> None:
     x, y = grid.x, grid.y
     top = face.face_height + face.hair_volume * 0.9
     back = face.hair_back.clamp(min=0.02)
-    cap = ellipse(x, y + 0.04, back, top)
+    nape = y - face.hair_bottom - 0.11
+    cap = torch.maximum(ellipse(x, y + 0.04, back, top), nape)
     fall = rounded_box(
         x, y - (face.hair_bottom - 0.1) * 0.5, back, (face.hair_bottom + 0.1).clamp(min=0.02) * 0.5, 0.12
     )
