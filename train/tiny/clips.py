@@ -115,5 +115,5 @@ class ClipSource:
         if missing > 0:
             features = torch.cat((features, features.new_full((count, missing, features.shape[2]), -1.0)), 1)
         identity = self.identities(count)
-        still = self.render(identity, rest_motion(count, 1, self.device))
+        still = render(identity, rest_motion(count, 1, self.device), recipe.size)  # one shape less to compile
         return ClipBatch(self.render(identity, motion), still, features[:, low:high], first, motion)

@@ -47,7 +47,7 @@ def export(system: TinySystem, vae: WanVae, recipe: Recipe, folder: Path) -> Pat
         "dit": dit,
         "vae": asdict(vae.config),
         "speech": asdict(system.speech.config),
-        "mode": {"reference_frames": 1, "reference_index": 0, "motion_frames": recipe.still, "warm_latents": 3},
+        "mode": {"reference_frames": 5, "reference_index": 1, "motion_frames": recipe.still, "warm_latents": 5},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return folder

@@ -20,15 +20,16 @@ class LatentPool:
 
     @torch.no_grad()
     def encode(self, count: int) -> dict[str, Tensor]:
-        """`count` fresh clips, encoded as the runtime encodes: picture as one frame, still frames as motion."""
+        """`count` fresh clips, encoded as the runtime encodes: the picture standing still, its second latent as reference."""
         batch = self.source.clips(count, *self.context)
         frames = self.recipe.clip_frames // 4
         device_type = batch.video.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+            motion = self.vae.encode(batch.still.expand(-1, -1, self.recipe.still, -1, -1)).half()
             return {
                 "latents": self.vae.encode(batch.video)[:, :, -frames:].half(),
-                "reference": self.vae.encode(batch.still).half(),
-                "motion": self.vae.encode(batch.still.expand(-1, -1, self.recipe.still, -1, -1)).half(),
+                "reference": motion[:, :, 1:2],
+                "motion": motion,
                 "features": batch.features.half(),
                 "first": batch.first,
             }

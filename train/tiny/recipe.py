@@ -12,7 +12,7 @@ class Stage:
     rate: float
     warmup: int = 200
     report_every: int = 100
-    save_every: int = 500
+    save_every: int = 400
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Recipe:
     still: int = 17
     utterances: int = 800
     utterance_seconds: float = 10.0
-    pool: int = 6144
+    pool: int = 4096
     refill: int = 32
-    refill_every: int = 4
+    refill_every: int = 8
     vae_clip: int = 17
     vae_crop: int = 128
-    vae: Stage = field(default_factory=lambda: Stage(steps=4400, batch=10, rate=2e-3))
-    flow: Stage = field(default_factory=lambda: Stage(steps=4600, batch=64, rate=1.2e-3))
-    rollout: Stage = field(default_factory=lambda: Stage(steps=800, batch=64, rate=4e-4))
+    vae: Stage = field(default_factory=lambda: Stage(steps=6000, batch=10, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=4800, batch=64, rate=1.2e-3))
+    rollout: Stage = field(default_factory=lambda: Stage(steps=450, batch=64, rate=4e-4, save_every=150))
 
     @property
     def clip_frames(self) -> int:

@@ -17,6 +17,7 @@ STATISTICS_SEED = 12345
 KL_WEIGHT = 5e-5
 EDGE_WEIGHT = 0.5
 MOVING_WEIGHT = 4.0  # extra weight of pixels that differ from the clip's first frame: mouth, lids, head outline
+FIRST_WEIGHT = 5.0  # of the first frame, which has a latent frame of its own and no history
 LATENT_NOISE = 0.01  # share of the latent's spread: the decoder meets imperfect latents at generation
 
 
@@ -26,9 +27,11 @@ def edges(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(decoded: Tensor, video: Tensor) -> Tensor:
-    """L1 with more weight where the face moves, plus L1 of the edges."""
+    """L1 with more weight on the first frame and where the face moves, plus L1 of the edges."""
     moving = (video - video[:, :, :1]).abs().amax(1, keepdim=True).clamp(max=1.0)
-    pixel = ((decoded - video).abs() * (1.0 + MOVING_WEIGHT * moving)).mean()
+    weight = 1.0 + MOVING_WEIGHT * moving
+    weight[:, :, 0] = FIRST_WEIGHT
+    pixel = ((decoded - video).abs() * weight).mean()
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(video), strict=True))
     return pixel + EDGE_WEIGHT * edge
 
@@ -59,7 +62,6 @@ def with_statistics(vae: WanVae, video: Tensor) -> WanVae:
     config = replace(vae.config, latent_mean=tuple(mean.tolist()), latent_std=tuple(std.tolist()))
     normalised = WanVae(config).to(video.device)
     normalised.load_state_dict(vae.state_dict())
-    compile_on_gpu(normalised.encoder, device=video.device)
     return normalised.eval().requires_grad_(False)
 
 

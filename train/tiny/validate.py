@@ -36,10 +36,11 @@ class Validation:
         clips = source.clips(count, *context)
         frames = source.recipe.clip_frames // 4
         with torch.no_grad():
+            motion = vae.encode(clips.still.expand(-1, -1, source.recipe.still, -1, -1))
             encoded = {
                 "latents": vae.encode(clips.video),
-                "reference": vae.encode(clips.still),
-                "motion": vae.encode(clips.still.expand(-1, -1, source.recipe.still, -1, -1)),
+                "reference": motion[:, :, 1:2],
+                "motion": motion,
                 "features": clips.features,
                 "first": clips.first,
             }
