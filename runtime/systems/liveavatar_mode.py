@@ -59,11 +59,20 @@ class GenerationMode:
     aligned: bool = True
     near_distance: int = 4
     far_distance: int = 30
-    fps: int = 25
-    frames_per_latent: int = 4
+
+    fps = 25  # what the models were trained for, and what the audio windows are cut to
+    frames_per_latent = 4
 
     def __post_init__(self) -> None:
-        counts = ("steps", "block_latents", "clip_blocks", "reference_frames", "motion_frames", "slide_frames", "fps")
+        counts = (
+            "steps",
+            "block_latents",
+            "clip_blocks",
+            "reference_frames",
+            "motion_frames",
+            "warm_latents",
+            "slide_frames",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")

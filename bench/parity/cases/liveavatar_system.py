@@ -47,7 +47,6 @@ def _mode(case: Case, released: GenerationMode) -> GenerationMode:
         warm_latents=p.get("stream_warm_latents", released.warm_latents),
         slide_frames=p.get("slide_frames", released.slide_frames),
         drop_first_frames=p["drop_first_frames"],
-        fps=p["fps"],
     )
 
 
