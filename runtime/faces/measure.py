@@ -1,21 +1,20 @@
 """Reads the mouth from pixels of drawn (or generated) faces, and says which pixels never move."""
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .identity import Identity
-from .motion import Motion
+from .motion import NOD, TILT, TURN, Motion
 from .render import DEFAULT_SIZE, render
 
 MOUTH_ROWS = (0.50, 0.86)
 MOUTH_COLUMNS = (0.28, 0.72)
 # Chroma over brightness: the inside of the mouth reads 0.54, lips and dark skin less than 0.3, hair less than 0.25.
 REDNESS = (0.30, 0.38)
-MOVES = (math.radians(6.0), math.radians(4.5), math.radians(4.0))  # yaw, pitch, roll that the driver can reach
+MOVES = (TURN, NOD, TILT)
 
 
 def mouth_inside(video: Tensor) -> Tensor:

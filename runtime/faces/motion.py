@@ -137,10 +137,11 @@ def motion_from_features(features: Tensor) -> Motion:
     loudness = _band_db(power, VOWEL_BAND)  # [B, T50]
     shut, wide = (10.0 ** (db / COMPRESSION) for db in (SHUT_DB, OPEN_DB))
     raw = ((10.0 ** (loudness / COMPRESSION) - shut) / (wide - shut)).clamp(0.0, 1.0)
+    raw = F.pad(raw, (ATTACK, 0))  # the mouth moves this long before the first sound
     openness = _smooth(raw, kernels)
 
     balance = _band_db(power, SPREAD_BAND) - _band_db(power, ROUND_BAND)
-    spread = torch.tanh((balance + 14.0) / 9.0) * (raw / 0.3).clamp(max=1.0)
+    spread = F.pad(torch.tanh((balance + 14.0) / 9.0), (ATTACK, 0)) * (raw / 0.3).clamp(max=1.0)
     width = _filter(spread, kernels["attack"], ATTACK)
 
     pitch = NOD * torch.tanh(3.0 * _filter(openness, kernels["nod"]))
@@ -149,6 +150,7 @@ def motion_from_features(features: Tensor) -> Motion:
     blink = _blinks(raw, kernels)
 
     def at_video_rate(curve: Tensor) -> Tensor:
+        curve = curve[:, ATTACK:]
         frames = curve.shape[-1] // FEATURES_PER_VIDEO_FRAME
         return curve[:, : frames * FEATURES_PER_VIDEO_FRAME].unflatten(-1, (frames, FEATURES_PER_VIDEO_FRAME)).mean(-1)
 
