@@ -1,6 +1,7 @@
 """The published LiveAvatar: the folder of Wan2.2-S2V-14B and the distilled LoRA (liveavatar.md, 1)."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,16 +30,32 @@ LORA_ALPHA = 64.0
 SIZE_AREA = 704 * 384
 
 
+@dataclass(frozen=True)
+class PublishedFiles:
+    """Where the files of a published LiveAvatar lie, and the names of those that are not there."""
+
+    base: Path
+    lora: Path | None
+    missing: tuple[str, ...]
+
+
+def find_files(checkpoint: Path) -> PublishedFiles:
+    """Look for the files in a folder laid out as `load_published` takes it; nothing is opened."""
+    base = checkpoint / BASE if (checkpoint / BASE).is_dir() else checkpoint
+    lora = next((base / place / LORA for place in LORA_FOLDERS if (base / place / LORA).is_file()), None)
+    needed = ["config.json", DIT_INDEX, TEXT_WEIGHTS, TOKENIZER, VAE_WEIGHTS, SPEECH]
+    missing = [name for name in needed if not (base / name).exists()] + ([] if lora else [LORA])
+    return PublishedFiles(base, lora, tuple(missing))
+
+
 def load_published(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> LiveAvatarSystem:
     """The system of a folder laid out like `Wan-AI/Wan2.2-S2V-14B`, or of a folder that holds it under that name.
 
     `liveavatar.safetensors` (of `Quark-Vision/Live-Avatar`) lies in it, beside it, or in a folder `Live-Avatar` there.
     Raises CheckpointError that lists everything that is missing, or the file and keys that do not fit.
     """
-    base = checkpoint / BASE if (checkpoint / BASE).is_dir() else checkpoint
-    lora = next((base / place / LORA for place in LORA_FOLDERS if (base / place / LORA).is_file()), None)
-    needed = ["config.json", DIT_INDEX, TEXT_WEIGHTS, TOKENIZER, VAE_WEIGHTS, SPEECH]
-    missing = [name for name in needed if not (base / name).exists()] + ([] if lora else [LORA])
+    files = find_files(checkpoint)
+    base, lora, missing = files.base, files.lora, files.missing
     if missing or lora is None:
         raise CheckpointError(
             f"{base} lacks {', '.join(missing)}; download Wan-AI/{BASE}, and {LORA} of Quark-Vision/Live-Avatar into it"

@@ -1,0 +1,373 @@
+"""The program: what it writes, how it stops, and that every bad input is one clear line with the right exit code."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kinora import runtime
+from kinora.runtime import info as info_module
+from kinora.runtime.cli import main
+from kinora.runtime.cli.options import parse_size
+from kinora.runtime.errors import CheckpointError, InputError
+from kinora.runtime.media import read_image, read_video
+from PIL import Image
+from safetensors.numpy import save_file
+from test_avatar import write_model
+from test_media import write_sound
+
+RATE, FPS, BLOCK = 16_000, 25, 12
+
+
+@dataclass
+class Stats:
+    """What the summary line reads."""
+
+    time_to_first_frame: float | None = 0.5
+    fps: float = 40.0
+
+
+class FakeSession:
+    """Frames in blocks of 12 whose brightness follows the sound; stops as if Ctrl-C came after `stop_at` frames."""
+
+    size, fps = (96, 128), FPS
+
+    def __init__(self, stop_at: int | None = None, error: Exception | None = None) -> None:
+        self.stats = Stats()
+        self.sound = np.zeros(0, np.float32)
+        self.made, self.stop_at, self.error, self.closed = 0, stop_at, error, False
+
+    def feed(self, samples: np.ndarray) -> np.ndarray:
+        assert samples.dtype == np.float32 and len(samples) <= RATE
+        self.sound = np.concatenate([self.sound, samples])
+        return self._frames(len(self.sound) * FPS // RATE // BLOCK * BLOCK)
+
+    def finish(self) -> np.ndarray:
+        return self._frames(-(-len(self.sound) * FPS // RATE))
+
+    def __enter__(self) -> "FakeSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def _frames(self, total: int) -> np.ndarray:
+        if self.stop_at is not None and self.made >= self.stop_at:
+            raise self.error or KeyboardInterrupt
+        per_frame = RATE // FPS
+        levels = [np.abs(self.sound[i * per_frame : (i + 1) * per_frame]).max() for i in range(self.made, total)]
+        self.made = total
+        frames = [np.full((*self.size, 3), 30 + 200 * (level > 0.3), np.uint8) for level in levels]
+        return np.stack(frames) if frames else np.empty((0, *self.size, 3), np.uint8)
+
+
+class FakeAvatar:
+    """Remembers how it was asked; `session` is what it opens."""
+
+    def __init__(self, session: FakeSession) -> None:
+        self.session, self.asked = session, {}
+
+    def stream(self, image: np.ndarray, **asked: object) -> FakeSession:
+        self.asked = {"image": image, **asked}
+        return self.session
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A folder with face.png and voice.wav (1.3 s, a beep from 0.8 s to 1.0 s), made the current one."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 80), (200, 150, 120)).save("face.png")
+    voice = np.zeros(round(1.3 * 44_100), np.float32)
+    voice[35_280:44_100] = 0.6 * np.sin(np.arange(8_820) / 10)
+    write_sound(Path("voice.wav"), voice, "pcm_s16le", 44_100, "stereo")
+    return tmp_path
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts a fake avatar behind `kinora.runtime.load`; call it to choose the session."""
+
+    def install(session: FakeSession) -> FakeAvatar:
+        avatar = FakeAvatar(session)
+        monkeypatch.setattr(runtime, "load", lambda *_, **options: avatar)
+        return avatar
+
+    return install
+
+
+JOB = ["generate", "--image", "face.png", "--audio", "voice.wav", "-o", "talk.mp4"]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[str]]:
+    """(exit code, standard output, lines on standard error)."""
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.splitlines()
+
+
+def test_generate_writes_the_video_with_its_sound(inputs, fake, capsys):
+    avatar = fake(FakeSession())
+    options = ["--seed", "5", "--size", "128x96", "--steps", "2", "--prompt", "a person"]
+    code, out, err = run([*JOB, *options], capsys)
+    assert (code, err) == (0, [])
+    assert "wrote talk.mp4: 33 frames, 1.32 s, 128x96 at 25 fps (40.0 frames/s, first frame after 0.50 s)" in out
+    asked = dict(avatar.asked)
+    assert asked.pop("image").shape == (80, 100, 3)
+    assert asked == {"prompt": "a person", "seed": 5, "steps": 2, "size": (96, 128)}
+    assert avatar.session.closed
+    clip = read_video("talk.mp4", 48_000)
+    bright = clip.frames.mean(axis=(1, 2, 3)) > 120
+    assert clip.frames.shape == (33, 96, 128, 3) and np.flatnonzero(bright).tolist() == list(range(20, 25))
+    assert clip.audio is not None and abs(len(clip.audio) - 1.3 * 48_000) < 100
+    loud = np.flatnonzero(np.abs(clip.audio) > 0.3) / 48_000
+    assert loud[0] == pytest.approx(0.8, abs=0.005) and loud[-1] == pytest.approx(1.0, abs=0.005)
+
+
+def test_options_reach_load(inputs, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(
+        runtime, "load", lambda name, **options: asked.update(name=name, **options) or FakeAvatar(FakeSession())
+    )
+    options = ["--model", "liveavatar-14b", "--checkpoint", "files", "--device", "cpu", "--placement", "single"]
+    assert run([*JOB, *options], capsys)[0] == 0
+    assert asked == {"name": "liveavatar-14b", "checkpoint": Path("files"), "device": "cpu", "placement": "single"}
+
+
+def test_ctrl_c_finishes_the_file(inputs, fake, capsys):
+    fake(FakeSession(stop_at=BLOCK))
+    code, out, err = run(JOB, capsys)
+    assert (code, err) == (130, [])
+    assert "stopped: wrote talk.mp4: 12 frames, 0.48 s" in out
+    clip = read_video("talk.mp4")
+    assert len(clip.frames) == 12 and clip.audio is not None and len(clip.audio) == pytest.approx(0.48 * RATE, abs=20)
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing(inputs, fake, capsys):
+    fake(FakeSession(stop_at=0))
+    assert run(JOB, capsys)[:2] == (130, "stopped: nothing was written\n")
+    assert not Path("talk.mp4").exists()
+
+
+def test_ctrl_c_while_loading_leaves_nothing(inputs, monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "load", interrupted)
+    assert run(JOB, capsys)[:2] == (130, "stopped: nothing was written\n")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_one_line_unless_asked(inputs, fake, capsys, debug):
+    fake(FakeSession(stop_at=BLOCK, error=RuntimeError("shapes\ndiffer")))
+    code, _, err = run([*JOB, *(["--debug"] if debug else [])], capsys)
+    told = "kinora: internal error: RuntimeError: shapes differ; run again with --debug for the traceback"
+    assert code == 1 and err[-1] == told
+    assert (len(err) > 1) == debug and any("Traceback" in line for line in err) == debug
+    assert len(read_video("talk.mp4").frames) == 12  # what was made before the bug stays
+
+
+def test_an_existing_file_is_kept_unless_told(inputs, fake, capsys):
+    fake(FakeSession())
+    Path("talk.mp4").write_text("precious")
+    code, _, err = run(JOB, capsys)
+    assert code == 2 and len(err) == 1 and "talk.mp4 exists; pass --overwrite" in err[0]
+    assert Path("talk.mp4").read_text() == "precious"
+    assert run([*JOB, "-y"], capsys)[0] == 0
+    assert len(read_video("talk.mp4").frames) == 33
+
+
+def test_silence_is_refused_until_allowed(inputs, fake, capsys):
+    fake(FakeSession())
+    write_sound(Path("quiet.wav"), np.full(RATE, 0.0005, np.float32), "pcm_f32le", RATE)
+    job = ["generate", "-i", "face.png", "-a", "quiet.wav", "-o", "talk.mp4"]
+    code, _, err = run(job, capsys)
+    assert code == 2 and len(err) == 1 and "quiet.wav is silent" in err[0] and "--allow-silence" in err[0]
+    assert run([*job, "--allow-silence"], capsys)[0] == 0
+
+
+BAD_INPUT = {
+    "no picture": ({"--image": "missing.png"}, "no such picture: missing.png"),
+    "no sound file": ({"--audio": "missing.wav"}, "no such sound file: missing.wav"),
+    "a sound as picture": ({"--image": "voice.wav"}, "voice.wav is not a picture"),
+    "a picture as sound": ({"--audio": "face.png"}, "face.png has no sound"),
+    "another ending": ({"-o": "talk.avi"}, "end the name with .mp4"),
+    "a folder as output": ({"-o": "."}, "is a folder"),
+    "words as size": ({"--size": "large"}, "'large' is no size; write WIDTHxHEIGHT"),
+    "words as seed": ({"--seed": "abc"}, "Invalid value for '--seed'"),
+    "unknown option": ({"--speed": "1"}, "No such option: --speed"),
+    "unknown model": ({"--model": "avatar-9000"}, "avatar-9000"),
+    "no checkpoint": ({"--model": "liveavatar-14b"}, "checkpoint"),
+    "an empty checkpoint": ({"--model": "liveavatar-14b", "--checkpoint": "."}, "lacks"),
+    "unknown placement": ({"--placement": "moon"}, "moon"),
+    "unknown device": ({"--device": "abacus"}, "abacus"),
+}
+
+
+@pytest.mark.parametrize("changes, told", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_clear_line(inputs, capsys, changes, told):
+    options = dict(zip(JOB[1::2], JOB[2::2], strict=True)) | changes
+    code, out, err = run(["generate", *(word for pair in options.items() for word in pair)], capsys)
+    assert code == 2 and out == ""
+    assert len(err) == 1 and err[0].startswith("kinora: ") and told in err[0]
+    assert not Path("talk.mp4").exists()
+
+
+def test_missing_and_unknown_words_are_one_line(capsys):
+    for arguments, told in [(["generate"], "--image"), (["fly"], "fly"), (["face"], "--output")]:
+        code, _, err = run(arguments, capsys)
+        assert code == 2 and len(err) == 1 and told in err[0]
+
+
+@pytest.mark.parametrize("size", ["100x96", "100000", "0"])
+def test_sizes_that_a_model_cannot_do(inputs, capsys, size):
+    write_model(inputs / "small")
+    code, _, err = run([*JOB, "--model", "small", "--size", size], capsys)
+    assert code == 2 and len(err) == 1 and "multiples of" in err[0]
+
+
+def test_wrong_weights_are_one_line(inputs, capsys):
+    write_model(inputs / "small")
+    save_file({"dit.odd": np.zeros(3, np.float32)}, "small/tiny.safetensors")
+    code, _, err = run([*JOB, "--model", "small"], capsys)
+    assert code == 2 and len(err) == 1 and "tiny.safetensors" in err[0]
+    Path("small/tiny.safetensors").write_bytes(b"cut off")
+    code, _, err = run([*JOB, "--model", "small"], capsys)
+    assert code == 2 and len(err) == 1 and "tiny.safetensors" in err[0]
+
+
+def test_generate_with_a_real_model(inputs, capsys):
+    """The whole way, nothing faked: a randomly initialised model of tiny's architecture."""
+    write_model(inputs / "small")
+    code, out, err = run([*JOB, "--model", "small"], capsys)
+    assert (code, err) == (0, [])
+    assert "33 frames" in out
+    clip = read_video("talk.mp4")
+    assert len(clip.frames) == 33 and clip.audio is not None and abs(len(clip.audio) - 1.3 * RATE) < 40
+    first = Path("talk.mp4").read_bytes()
+    assert run([*JOB, "--model", "small", "-y"], capsys)[0] == 0
+    assert Path("talk.mp4").read_bytes() == first  # the same seed gives the same file
+
+
+INTERRUPTED = """
+import sys
+from kinora import runtime
+from kinora.runtime.cli import main
+sys.path.insert(0, sys.argv[1])
+from test_cli import FakeAvatar, FakeSession
+import time
+
+class Slow(FakeSession):
+    def feed(self, samples):
+        time.sleep(0.03)
+        return super().feed(samples)
+
+runtime.load = lambda *_, **options: FakeAvatar(Slow())
+print("ready", flush=True)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_real_ctrl_c_in_a_real_process(inputs):
+    """A minute of sound; the signal comes once the file grows; the process ends with 130 and the file is whole."""
+    voice = np.random.default_rng(0).uniform(-0.5, 0.5, 60 * RATE).astype(np.float32)
+    write_sound(Path("voice.wav"), voice, "pcm_s16le", RATE)
+    command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), *JOB]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    while process.poll() is None and not (Path("talk.mp4").exists() and Path("talk.mp4").stat().st_size > 5_000):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate()
+    guard.cancel()
+    assert process.returncode == 130, err
+    written = re.search(r"stopped: wrote talk\.mp4: (\d+) frames", out)
+    assert written and err == ""
+    clip = read_video("talk.mp4")
+    assert len(clip.frames) == int(written[1]) >= 25
+    assert clip.audio is not None and len(clip.audio) / RATE == pytest.approx(len(clip.frames) / FPS, abs=0.5)
+
+
+def test_face_draws_a_person(inputs, capsys):
+    code, out, _ = run(["face", "--seed", "7", "-o", "new/a.png", "--size", "128"], capsys)
+    assert code == 0 and "wrote new/a.png: face 7, 128x128" in out
+    picture = read_image("new/a.png")
+    assert picture.shape == (128, 128, 3) and picture.std() > 20
+    assert run(["face", "--seed", "8", "-o", "b.png", "--size", "128"], capsys)[0] == 0
+    assert not np.array_equal(read_image("b.png"), picture)
+    for arguments, told in [
+        (["-o", "new/a.png"], "exists"),
+        (["-o", "c.xyz"], ".png"),
+        (["-o", "c.png", "--size", "7"], "64 to 2048"),
+        (["-o", "c.png", "--seed", "-1"], "seed"),
+    ]:
+        code, _, err = run(["face", *arguments], capsys)
+        assert code == 2 and len(err) == 1 and told in err[0]
+
+
+def test_info_names_machine_models_and_ops(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(["info"], capsys)
+    assert code == 0
+    for word in ("machine", "torch", "FFmpeg", "GPU", "tiny", "liveavatar-14b", "rope_attention", "PyTorch"):
+        assert word in out
+
+
+def test_info_tells_whether_a_checkpoint_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert info_module.collect().models[1].folder is None
+    snapshot = tmp_path / "cache" / "models--Wan-AI--Wan2.2-S2V-14B" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    cached = info_module.collect().models[1]
+    assert cached.folder == snapshot and "lacks config.json" in cached.would_run
+    folder = tmp_path / "Wan2.2-S2V-14B"
+    for name in ("google/umt5-xxl", "wav2vec2-large-xlsr-53-english"):
+        (folder / name).mkdir(parents=True)
+    for name in (
+        "config.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "Wan2.1_VAE.pth",
+    ):
+        (folder / name).touch()
+    assert "lacks liveavatar.safetensors" in info_module.collect().models[1].would_run
+    (folder / "liveavatar.safetensors").touch()
+    small, large = (info_module.Gpu("card", memory, None) for memory in (24.0, 140.0))
+    for gpus, told in [((), "this machine has none"), ((small,), "has 26 GB"), ((small, large), "yes, on one GPU")]:
+        monkeypatch.setattr(info_module, "list_gpus", lambda gpus=gpus: gpus)
+        assert told in info_module.collect(folder).models[1].would_run
+
+
+def test_info_counts_the_parameters_of_tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(info_module, "TINY_FOLDER", tmp_path)
+    assert "no: " in info_module.collect().models[0].would_run
+    save_file({"a": np.zeros((1000, 1500), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "tiny.safetensors")
+    tiny = info_module.collect().models[0]
+    assert tiny.size == "1.5 M parameters, 3.0 MB" and tiny.would_run.startswith("yes")
+    (tmp_path / "tiny.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        info_module.collect()
+
+
+def test_help_and_version_teach(capsys):
+    assert "talking video" in run([], capsys)[1]
+    code, out, _ = run(["generate", "--help"], capsys)
+    assert code == 0 and "kinora generate --image face.png --audio voice.wav" in out and "tiny is embedded" in out
+    assert re.fullmatch(r"kinora \d+\.\d+\.\d+\S*\n", run(["--version"], capsys)[1])
+
+
+def test_sizes_are_width_by_height():
+    assert parse_size("") is None
+    assert parse_size("704x384") == parse_size("704*384") == (384, 704)
+    assert parse_size("256") == (256, 256)
+    for text in ("1x2x3", "-5", "axb", "x"):
+        with pytest.raises(InputError):
+            parse_size(text)
