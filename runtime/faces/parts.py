@@ -4,8 +4,6 @@ Parameters come shaped for broadcasting: an `Identity` with scalars [B, 1, 1, 1]
 `Motion` with curves [B, T, 1, 1]. Face coordinates: origin at the centre of the head, y down, half pictures.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -23,14 +21,9 @@ SHADOW = (0.80, 0.70, 0.70)  # shade of skin, as a factor
 JAW_DROP = 0.065
 
 
-@lru_cache(maxsize=64)
-def _constant(rgb: tuple[float, float, float], device: torch.device) -> Tensor:
-    return torch.tensor(rgb, device=device).view(1, 1, 3, 1, 1)
-
-
 def colour(rgb: tuple[float, float, float], like: Tensor) -> Tensor:
-    """A constant colour [1, 1, 3, 1, 1] beside `like`, copied to its device once."""
-    return _constant(rgb, like.device)
+    """A constant colour [1, 1, 3, 1, 1] on the device of `like`."""
+    return torch.tensor(rgb, device=like.device).view(1, 1, 3, 1, 1)
 
 
 def outlined(distance: Tensor, edge: Tensor | float, width: Tensor, fill: Tensor, line: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Draws faces in motion: a batched renderer of signed-distance shapes in plain torch.
 
-Nothing depends on the data but values, so it runs under `torch.compile` and without a synchronisation on a GPU;
-layers that move in a small part of the picture are computed only there.
+Nothing but values depends on the data, so `draw_frames` compiles to one graph; layers that move in a small part of
+the picture are computed only there.
 """
 
 from collections.abc import Callable
@@ -112,4 +112,4 @@ def render(
 def draw_portrait(seed: int, size: int = 512) -> Image.Image:
     """The face of `seed` at rest, mouth shut, as an RGB picture: what a tiny avatar starts from."""
     pixels = render(sample_identities([seed]), rest_motion(), size)[0, :, 0]
-    return Image.fromarray(((pixels + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy(), "RGB")
+    return Image.fromarray(((pixels + 1.0) * 127.5).round().byte().permute(1, 2, 0).numpy())
