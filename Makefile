@@ -18,7 +18,7 @@ FLOORS := kernels graphs checkpoints_tools runtime train bench
 .PHONY: demo test lint setup setup-dev clean
 
 demo: setup
-	$(IN)/kinora generate --image examples/faces/01.png --audio examples/voices/01.wav --output out/demo.mp4 --overwrite
+	$(IN)/kinora generate --image examples/faces/mira.png --audio examples/voices/welcome.flac --output out/demo.mp4 --overwrite
 
 test: setup-dev
 	$(IN)/python -m pytest $(PYTEST_ARGS)
