@@ -27,18 +27,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for floor in FLOORS:
         shutil.copytree(ROOT / floor, source / floor, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(out),
-        str(source),
-    ]
-    subprocess.run([sys.executable, *command], check=True)
+    probe = source / "runtime" / "assets" / "some" / "model" / "weights.bin"
+    probe.parent.mkdir(parents=True)
+    probe.write_bytes(b"weights")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(out), str(source)], check=True)
     return next(out.glob("kinora-*.whl"))
 
 
@@ -50,10 +43,8 @@ def test_the_wheel_holds_packages_and_assets(wheel):
     assert len(modules) > 50
     assert sorted((modules | assets) - held) == []
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"kinora"}
-    entry_points = (
-        zipfile.ZipFile(wheel).read(next(name for name in held if name.endswith("entry_points.txt"))).decode()
-    )
-    assert "kinora = kinora.runtime.cli:main" in entry_points
+    entry_points = next(name for name in held if name.endswith(".dist-info/entry_points.txt"))
+    assert "kinora = kinora.runtime.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_the_wheel_imports_from_anywhere(wheel, tmp_path):
