@@ -36,7 +36,7 @@ setup-dev: $(VENV)/.kinora-dev
 # PyTorch goes first and alone: whatever needs it then finds it, instead of fetching the largest build there is.
 $(VENV)/.kinora: pyproject.toml setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "kinora needs Python 3.11 or later: install it, or say make PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	test -x $(IN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools
 	$(INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
 	$(INSTALL) --no-build-isolation --editable .
