@@ -227,6 +227,21 @@ class WanVae(nn.Module):
         mean = moments.chunk(2, 1)[0]
         return (self.normalise(mean) if normalised else mean).float().contiguous()
 
+    def stream_moments(self, video: Tensor, state: EncoderState) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the next frames of a stream, differentiable; for training in pieces.
+
+        The first call takes 1 + 4 n frames, later ones 4 n. Advances `state`; detach its slots between the pieces.
+        """
+        self._check_video(video)
+        extra = video.shape[2] % self.config.temporal_factor - (0 if state.slots else 1)
+        if extra:
+            raise ValueError(
+                f"{video.shape[2]} frames do not complete a latent frame; a stream starts with 1 + a multiple of "
+                f"{self.config.temporal_factor} frames and goes on with multiples"
+            )
+        mean, log_variance = self._encode_chunk(video, state).chunk(2, 1)
+        return mean, log_variance
+
     def _encode_chunk(self, video: Tensor, state: EncoderState) -> Tensor:
         self._check_state(video, *state.slots[:1])
         cursor = SlotCursor(state.slots)

@@ -36,7 +36,7 @@ class ClipSource:
 
     def __init__(self, bank: Tensor, recipe: Recipe, device: torch.device, seed: int, *, held_out: bool = False):
         frames = bank.shape[1] // SAMPLES_PER_FRAME
-        needed = LEAD_IN + recipe.preroll + recipe.clip_frames
+        needed = LEAD_IN + max(recipe.preroll + recipe.clip_frames, recipe.vae_frames)
         if frames < needed + 2:
             raise ValueError(f"utterances of {frames} video frames are too short: clips need {needed + 2}")
         self.bank = bank.to(device)
@@ -70,9 +70,8 @@ class ClipSource:
         at = torch.arange(samples, device=self.device)
         return wave * ~((at >= start) & (at < start + length))
 
-    def sound(self, count: int) -> tuple[Tensor, Tensor]:
-        """Waves [B, n] of `LEAD_IN` + preroll + clip frames, and whether each clip starts its video [B] bool."""
-        total = LEAD_IN + self.recipe.preroll + self.recipe.clip_frames
+    def sound(self, count: int, total: int) -> tuple[Tensor, Tensor]:
+        """Waves [B, n] of `total` frames, the first `LEAD_IN` before a clip; which clips start a video [B] bool."""
         frames = self.bank.shape[1] // SAMPLES_PER_FRAME
         chosen = self._integers(0, len(self.bank), count).to(self.device)
         offset = self._integers(0, frames - total, count).to(self.device)
@@ -86,10 +85,8 @@ class ClipSource:
 
     def videos(self, count: int, frames: int) -> Tensor:
         """`count` short clips [B, 3, frames, S, S], as the VAE is trained on."""
-        wave, _ = self.sound(count)
-        motion = motion_from_audio(wave)
-        start = int(self._integers(LEAD_IN, motion.shape[1] - frames + 1, 1))
-        return self.render(self.identities(count), motion[:, start : start + frames])
+        wave, _ = self.sound(count, LEAD_IN + frames)
+        return self.render(self.identities(count), motion_from_audio(wave)[:, LEAD_IN:])
 
     def crops(self, count: int, frames: int, side: int) -> Tensor:
         """`count` short clips [B, 3, frames, side, side], the same random window of each."""
@@ -104,7 +101,7 @@ class ClipSource:
     def clips(self, count: int, left_context: int, lookahead: int) -> ClipBatch:
         """`count` clips; the context counts 20 ms feature frames before and after the clip."""
         recipe = self.recipe
-        wave, first = self.sound(count)
+        wave, first = self.sound(count, LEAD_IN + recipe.preroll + recipe.clip_frames)
         motion = motion_from_audio(wave)[:, LEAD_IN:]
         noise = torch.randn(wave.shape, generator=self.generator).to(self.device)
         heard = wave + noise * 10.0 ** (-4.5 + 1.5 * self._uniform(count, 1)) * (self._uniform(count, 1) < 0.4)

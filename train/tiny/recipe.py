@@ -30,18 +30,23 @@ class Recipe:
     heads: int = 8
     layers: int = 6
     blocks: int = 4
-    preroll: int = 9
+    preroll: int = 17
     still: int = 17
     utterances: int = 800
     utterance_seconds: float = 10.0
     pool: int = 4096
     refill: int = 32
     refill_every: int = 8
-    vae_clip: int = 17
+    vae_pieces: int = 5
     vae_crop: int = 128
     vae: Stage = field(default_factory=lambda: Stage(steps=6000, batch=10, rate=2e-3))
     flow: Stage = field(default_factory=lambda: Stage(steps=4800, batch=64, rate=1.2e-3))
     rollout: Stage = field(default_factory=lambda: Stage(steps=450, batch=64, rate=4e-4, save_every=150))
+
+    @property
+    def vae_frames(self) -> int:
+        """Frames of the clips that the VAE is trained on, a piece of 16 (the first of 17) at a time."""
+        return 1 + 16 * self.vae_pieces
 
     @property
     def clip_frames(self) -> int:
@@ -57,6 +62,7 @@ SMOKE = Recipe(
     layers=2,
     blocks=2,
     vae_crop=32,
+    vae_pieces=2,
     utterances=4,
     utterance_seconds=6.0,
     pool=8,

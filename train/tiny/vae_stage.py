@@ -1,5 +1,10 @@
-"""First stage: the causal VAE, trained from scratch on drawn clips to reconstruct them from compact latents."""
+"""First stage: the causal VAE, trained from scratch on drawn clips to reconstruct them from compact latents.
 
+The VAE looks far back, so a stream settles only after many frames: clips are trained in pieces, each with the history
+of the pieces before it, which costs no more than short clips and shows the network the frames of an endless video.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...graphs.models.wan_vae import DecoderState, VaeConfig, WanVae
+from ...graphs.models.wan_vae import DecoderState, EncoderState, VaeConfig, WanVae
 from ..loop import Curve, Ema, compile_on_gpu, load_checkpoint, save_checkpoint, set_learning_rate, warmup_cosine
 from .clips import ClipSource
 from .recipe import Recipe
@@ -26,11 +31,25 @@ def edges(video: Tensor) -> tuple[Tensor, Tensor]:
     return video[..., 1:] - video[..., :-1], video[..., 1:, :] - video[..., :-1, :]
 
 
-def reconstruction_loss(decoded: Tensor, video: Tensor) -> Tensor:
-    """L1 with more weight on the first frame and where the face moves, plus L1 of the edges."""
+def pieces(source: ClipSource, recipe: Recipe) -> Iterator[tuple[bool, Tensor]]:
+    """Endless training pieces: 17 frames that open a clip (True), then 16 more at a time (False)."""
+    while True:
+        clip = source.crops(recipe.vae.batch, recipe.vae_frames, recipe.vae_crop)
+        for index, piece in enumerate(clip.split([17] + [16] * (recipe.vae_pieces - 1), 2)):
+            yield index == 0, piece
+
+
+def detach(state: EncoderState | DecoderState) -> None:
+    """Keep a stream's history and forget how it was computed."""
+    state.slots = [slot.detach() for slot in state.slots]
+
+
+def reconstruction_loss(decoded: Tensor, video: Tensor, opens: bool) -> Tensor:
+    """L1 with more weight on a clip's first frame and where the face moves, plus L1 of the edges."""
     moving = (video - video[:, :, :1]).abs().amax(1, keepdim=True).clamp(max=1.0)
     weight = 1.0 + MOVING_WEIGHT * moving
-    weight[:, :, 0] = FIRST_WEIGHT
+    if opens:
+        weight[:, :, 0] = FIRST_WEIGHT
     pixel = ((decoded - video).abs() * weight).mean()
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(video), strict=True))
     return pixel + EDGE_WEIGHT * edge
@@ -79,21 +98,27 @@ def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.devic
     compile_on_gpu(vae.encoder, vae.decoder, device=device)
     curve = Curve(out / "vae.jsonl")
     vae.train()
+    stream = pieces(source, recipe)
+    before, after = EncoderState(), DecoderState()
     while step < stage.steps:
         set_learning_rate(optimizer, warmup_cosine(step, stage.steps, stage.rate, stage.warmup))
-        video = source.crops(stage.batch, recipe.vae_clip, recipe.vae_crop)
+        opens, video = next(stream)
+        if opens:
+            before, after = EncoderState(), DecoderState()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, logvar = vae.encode_moments(video)
+            mean, logvar = vae.stream_moments(video, before)
             mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)
             noise = (0.5 * logvar).exp() + LATENT_NOISE * mean.detach().std()
             sampled = mean + noise * torch.randn_like(mean)
-            decoded = vae.decode_stream(sampled, DecoderState(), clamp=False)
-        loss = reconstruction_loss(decoded, video)
+            decoded = vae.decode_stream(sampled, after, clamp=False)
+        loss = reconstruction_loss(decoded, video, opens)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         optimizer.zero_grad(set_to_none=True)
         (loss + KL_WEIGHT * divergence).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
+        detach(before)
+        detach(after)
         ema.update(vae, step)
         step += 1
         if step % stage.report_every == 0:
@@ -104,4 +129,4 @@ def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.devic
                 {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.values, "step": step},
             )
     ema.copy_to(vae)
-    return with_statistics(vae, source.fork(STATISTICS_SEED).videos(4 * stage.batch, recipe.vae_clip))
+    return with_statistics(vae, source.fork(STATISTICS_SEED).videos(2 * stage.batch, recipe.vae_frames))
