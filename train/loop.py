@@ -31,6 +31,21 @@ def compile_on_gpu(*modules: nn.Module, device: torch.device) -> None:
             module.compile(dynamic=False)
 
 
+class OutOfTime(Exception):
+    """The run's time is over; its checkpoint is saved and the same command goes on from it."""
+
+
+class Clock:
+    """Stops a run after `minutes` (None: never), at a step's end."""
+
+    def __init__(self, minutes: float | None = None):
+        self.end = None if minutes is None else time.perf_counter() + 60.0 * minutes
+
+    @property
+    def expired(self) -> bool:
+        return self.end is not None and time.perf_counter() >= self.end
+
+
 class Curve:
     """Training curve as JSON lines: one row a report, flushed at once, appended to after a resume."""
 

@@ -5,6 +5,7 @@ very noise level when generating. Then rollout: the inputs of each step come fro
 that the four Euler steps of the runtime meet inputs they were trained on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from ...graphs.models.layers import set_compute_dtype
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.speech import SpeechConfig, SpeechFrontEnd, to_video_rate
 from ...runtime.samplers import euler_schedule
-from ..loop import Curve, Ema, compile_on_gpu, load_checkpoint, save_checkpoint, set_learning_rate, warmup_cosine
+from ..loop import (
+    Clock,
+    Curve,
+    Ema,
+    OutOfTime,
+    compile_on_gpu,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+    warmup_cosine,
+)
 from .pool import LatentPool
 from .recipe import Recipe, Stage
 
@@ -122,9 +133,18 @@ def rollout_loss(system: TinySystem, batch: dict[str, Tensor], place: Place, sig
 
 
 def train_dit(
-    system: TinySystem, pool: LatentPool, recipe: Recipe, out: Path, device: torch.device, validate
+    system: TinySystem,
+    pool: LatentPool,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    validate: Callable[[TinySystem, Tensor], dict[str, float]],
+    clock: Clock,
 ) -> TinySystem:
-    """Train (or resume, or just load) both stages; `validate(system, sigmas)` returns values for the curve."""
+    """Train (or resume, or just load) both stages; `validate(system, sigmas)` returns values for the curve.
+
+    Raises OutOfTime, with the checkpoint saved, when the clock expires.
+    """
     path = out / "dit.pt"
     sigmas = euler_schedule(STEPS, 3.0).sigmas.float().cpu()
     optimizer = torch.optim.AdamW(system.parameters(), lr=recipe.flow.rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -172,5 +192,8 @@ def train_dit(
             if done[name] % stage.save_every == 0 or done[name] == stage.steps:
                 save()
                 curve.add(steps, **validate(system, sigmas))
+            if clock.expired:
+                save()
+                raise OutOfTime(f"{name} at step {done[name]} of {stage.steps}")
     ema.copy_to(system)
     return system.eval()

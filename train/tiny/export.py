@@ -14,10 +14,6 @@ from .dit_stage import TinySystem
 from .recipe import Recipe
 
 
-def speech_config(recipe: Recipe) -> SpeechConfig:
-    return SpeechConfig()
-
-
 def dit_config(recipe: Recipe, speech: SpeechConfig) -> LiveAvatarConfig:
     """LiveAvatar's architecture at the recipe's sizes; the prompt is a constant, so its rows are few and narrow."""
     return LiveAvatarConfig(

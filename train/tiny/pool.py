@@ -20,7 +20,7 @@ class LatentPool:
 
     @torch.no_grad()
     def encode(self, count: int) -> dict[str, Tensor]:
-        """`count` fresh clips, encoded as the runtime encodes: the picture standing still, its second latent as reference."""
+        """`count` fresh clips, encoded as the runtime does: the still picture, its second latent as the reference."""
         batch = self.source.clips(count, *self.context)
         frames = self.recipe.clip_frames // 4
         device_type = batch.video.device.type

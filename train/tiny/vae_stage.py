@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...graphs.models.wan_vae import DecoderState, EncoderState, VaeConfig, WanVae
-from ..loop import Curve, Ema, compile_on_gpu, load_checkpoint, save_checkpoint, set_learning_rate, warmup_cosine
+from ..loop import (
+    Clock,
+    Curve,
+    Ema,
+    OutOfTime,
+    compile_on_gpu,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+    warmup_cosine,
+)
 from .clips import ClipSource
 from .recipe import Recipe
 
@@ -84,8 +94,11 @@ def with_statistics(vae: WanVae, video: Tensor) -> WanVae:
     return normalised.eval().requires_grad_(False)
 
 
-def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.device) -> WanVae:
-    """Train (or resume, or just load) the VAE; its configuration then holds measured latent statistics."""
+def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.device, clock: Clock) -> WanVae:
+    """Train (or resume, or just load) the VAE; its configuration then holds measured latent statistics.
+
+    Raises OutOfTime, with the checkpoint saved, when the clock expires.
+    """
     stage, path = recipe.vae, out / "vae.pt"
     vae = WanVae(vae_config(recipe)).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -123,10 +136,12 @@ def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.devic
         step += 1
         if step % stage.report_every == 0:
             curve.add(step, loss=loss.item(), kl=divergence.item(), psnr=psnr(decoded, video).item())
-        if step % stage.save_every == 0 or step == stage.steps:
+        if step % stage.save_every == 0 or step == stage.steps or clock.expired:
             save_checkpoint(
                 path,
                 {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.values, "step": step},
             )
+        if clock.expired:
+            raise OutOfTime(f"VAE at step {step} of {stage.steps}")
     ema.copy_to(vae)
     return with_statistics(vae, source.fork(STATISTICS_SEED).videos(2 * stage.batch, recipe.vae_frames))
