@@ -68,6 +68,10 @@ def silu(x: Tensor) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """`ops.causal_conv3d` with its own weights; with a cursor the history comes from, and goes to, its slot."""
 
+    bias: Tensor  # these three are narrower than the annotations of nn.Conv3d
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+
     def __init__(self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int], stride=1, padding=0):
         super().__init__(channels_in, channels_out, kernel, stride, padding)
 
@@ -82,6 +86,10 @@ class CausalConv3d(nn.Conv3d):
 
 class FrameConv(nn.Conv2d):
     """2-D convolution of every frame: [B, C, T, H, W] -> [B, C', T, H', W']."""
+
+    bias: Tensor  # these three are narrower than the annotations of nn.Conv2d
+    stride: tuple[int, int]
+    padding: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2)  # [B, T, C, H, W]

@@ -56,10 +56,10 @@ def model(case: Case) -> Values:
         start = step["current_start"] // cache.tokens_per_frame
         audio = dit.encode_audio(case[f"in.{b}audio_input"])
         hooks = []
-        for i, layer in enumerate(dit.blocks):
+        for i, block in enumerate(dit.blocks):
             if f"mid.{b}block{i}" in case:
                 store = partial(out.__setitem__, f"mid.{b}block{i}")
-                hooks.append(layer.register_forward_hook(lambda _m, _i, value, store=store: store(value)))
+                hooks.append(block.register_forward_hook(lambda _m, _i, value, store=store: store(value)))
         flow = dit.forward_block(
             case[f"in.{b}x"][None],
             dit.embed_time(torch.full((1, dit.config.num_frames_per_block), step["t"])),

@@ -69,7 +69,8 @@ def motioner(case: Case) -> Values:
         i, last = item["case"], item["add_last_motion"]
         latents = case[f"in.{i}.motion_latents"]
         out[f"out.{i}.tokens"] = packer(latents, last)
-        out[f"out.{i}.rope"] = segment_table(packer.segments(*latents.shape[-2:], last), head_dim, ROPE)[None]
+        height, width = latents.shape[-2:]
+        out[f"out.{i}.rope"] = segment_table(packer.segments(height, width, last), head_dim, ROPE)[None]
     return out
 
 

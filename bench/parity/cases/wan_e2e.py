@@ -59,7 +59,8 @@ def generation(case: Case) -> Mapping[str, Tensor]:
         image, area = case[p["image"]].numpy(), case.json["max_area"]
         found[name] = pipeline.image_to_video(image, *prompts, max_area=area, **arguments)
         pixels = image_to_unit_range(image)
-        condition = pipeline.image_condition(pixels, frames, *size_for_image(*pixels.shape[1:], area))
+        rows, columns = pixels.shape[1:]
+        condition = pipeline.image_condition(pixels, frames, *size_for_image(rows, columns, area))
         found["mid.first_dit_input"] = torch.cat((case[p["noise"]], condition.y))[None]
         if condition.clip_features is not None:
             found["mid.clip_fea"] = condition.clip_features

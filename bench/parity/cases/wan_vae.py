@@ -200,7 +200,7 @@ def stream_encode_next(case: Case) -> dict[str, Tensor]:
 
 
 @handles("wan", "vae_tiled")
-def tiled(case: Case) -> dict[str, Tensor]:
+def tiled(case: Case) -> dict[str, Any]:
     vae, found = _vae(case), {}
     size, stride = tuple(case.json["tile_size"]), tuple(case.json["tile_stride"])
     for name, output in case.json["outputs"].items():
@@ -213,8 +213,7 @@ def tiled(case: Case) -> dict[str, Tensor]:
             for key in case.names(f"{name}."):
                 at_start, at_end = (side == "1" for side in key.rsplit(".lb", 1)[1].split("rb"))
                 found[key] = ramp(output["length"], output["border"], at_start, at_end)
-    defaults = {"json.default_tile_size": list(TILE_SIZE), "json.default_tile_stride": list(TILE_STRIDE)}
-    return {**found, **defaults}
+    return {**found, "json.default_tile_size": list(TILE_SIZE), "json.default_tile_stride": list(TILE_STRIDE)}
 
 
 class _UnroundedSlots:
