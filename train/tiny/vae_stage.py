@@ -31,6 +31,7 @@ LATENT_CHANNELS = 16
 STATISTICS_SEED = 12345
 KL_WEIGHT = 5e-5
 EDGE_WEIGHT = 0.5
+COLOUR_WINDOW, COLOUR_WEIGHT = 16, 2.0  # flat regions must keep their colour over a whole stream
 MOVING_WEIGHT = 4.0  # extra weight of pixels that differ from the clip's first frame: mouth, lids, head outline
 FIRST_WEIGHT = 5.0  # of the first frame, which has a latent frame of its own and no history
 LATENT_NOISE = 0.01  # share of the latent's spread: the decoder meets imperfect latents at generation
@@ -55,14 +56,15 @@ def detach(state: EncoderState | DecoderState) -> None:
 
 
 def reconstruction_loss(decoded: Tensor, video: Tensor, opens: bool) -> Tensor:
-    """L1 with more weight on a clip's first frame and where the face moves, plus L1 of the edges."""
+    """L1 with more weight on a clip's first frame and where the face moves, plus L1 of edges and of mean colours."""
     moving = (video - video[:, :, :1]).abs().amax(1, keepdim=True).clamp(max=1.0)
     weight = 1.0 + MOVING_WEIGHT * moving
     if opens:
         weight[:, :, 0] = FIRST_WEIGHT
     pixel = ((decoded - video).abs() * weight).mean()
+    colour = F.l1_loss(*(F.avg_pool3d(clip, (1, COLOUR_WINDOW, COLOUR_WINDOW)) for clip in (decoded, video)))
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(video), strict=True))
-    return pixel + EDGE_WEIGHT * edge
+    return pixel + EDGE_WEIGHT * edge + COLOUR_WEIGHT * colour
 
 
 def psnr(decoded: Tensor, video: Tensor) -> Tensor:
