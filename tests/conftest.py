@@ -10,6 +10,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 def pytest_configure() -> None:

@@ -47,7 +47,9 @@ def make_vae(config: VaeConfig = TINY, seed: int = 0) -> WanVae:
 
 
 def assert_same(computed: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(computed, expected, atol=1e-6, rtol=1e-5)
+    """Equal but for float32 sums in another order: 5e-6 of the largest value; one lost history slot makes 1e-2."""
+    bound = 2e-5 * expected.abs().max().item()
+    torch.testing.assert_close(computed, expected, atol=bound, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,10 @@ def decoded(vae: WanVae, latents: Tensor) -> Tensor:
 
 
 def cuts(total: int) -> st.SearchStrategy[list[int]]:
-    """Sizes of consecutive chunks, each at least 1, that sum to `total`."""
+    """Sizes of consecutive chunks, each at least 1, that sum to `total`.
+
+    Tests that draw them take their tensors from `request`: as arguments, Hypothesis would print them on a failure.
+    """
     return st.sets(st.integers(1, total - 1)).map(
         lambda edges: [b - a for a, b in itertools.pairwise([0, *sorted(edges), total])]
     )
@@ -129,7 +134,8 @@ def test_wrong_configurations_are_refused() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(sizes=cuts(7))
-def test_decoded_stream_equals_whole_clip(sizes: list[int], vae: WanVae, latents: Tensor, decoded: Tensor) -> None:
+def test_decoded_stream_equals_whole_clip(sizes: list[int], request: pytest.FixtureRequest) -> None:
+    vae, latents, decoded = map(request.getfixturevalue, ("vae", "latents", "decoded"))
     state = DecoderState()
     parts = [vae.decode_stream(part, state, clamp=False) for part in latents.split(sizes, 2)]
     assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(sizes)]
@@ -138,7 +144,8 @@ def test_decoded_stream_equals_whole_clip(sizes: list[int], vae: WanVae, latents
 
 @settings(max_examples=8, deadline=None)
 @given(sizes=cuts(21))
-def test_encoded_stream_equals_whole_clip(sizes: list[int], vae: WanVae, video: Tensor, encoded: Tensor) -> None:
+def test_encoded_stream_equals_whole_clip(sizes: list[int], request: pytest.FixtureRequest) -> None:
+    vae, video, encoded = map(request.getfixturevalue, ("vae", "video", "encoded"))
     state = EncoderState()
     parts = [vae.encode_stream(part, state) for part in video.split(sizes, 2)]
     assert_same(torch.cat(parts, 2), encoded)
@@ -308,15 +315,14 @@ def test_causal_convolution_equals_conv3d(data: st.DataObject) -> None:
 
     kernel = (data.draw(st.sampled_from([1, 3])), *(data.draw(st.sampled_from([1, 3])) for _ in range(2)))
     padding, stride = tuple(k // 2 for k in kernel), (1, draw(1, 2), draw(1, 2))
+    torch.manual_seed(draw(0, 99))
     x = torch.randn(draw(1, 2), draw(1, 3), draw(1, 4), draw(3, 6), draw(3, 6))
     weight = torch.randn(draw(1, 4), x.shape[1], *kernel)
     bias = torch.randn(weight.shape[0])
     known = draw(0, 2 * padding[0])
     history = torch.randn(x.shape[0], x.shape[1], known, *x.shape[3:]) if known else None
     computed = ops.causal_conv3d(x, weight, bias, history, stride, padding)
-    torch.testing.assert_close(
-        computed, causal_conv3d.reference(x, weight, bias, history, stride, padding), atol=1e-5, rtol=1e-5
-    )
+    assert_same(computed, causal_conv3d.reference(x, weight, bias, history, stride, padding))
 
 
 def test_history_is_the_last_frames_with_zeros_before_the_start() -> None:
@@ -393,4 +399,4 @@ def test_gradients_do_not_depend_on_chunks(vae: WanVae, latents: Tensor) -> None
         z = latents[:1, :, :4].clone().requires_grad_()
         vae.decode(z, clamp=False, chunk=chunk).square().mean().backward()
         gradients.append(z.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+    assert_same(gradients[0], gradients[1])
