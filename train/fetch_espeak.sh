@@ -9,7 +9,7 @@ mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/debs" "$work/root"
+mkdir "$work/debs" "$work/tree"
 packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \
     --no-enhances espeak-ng | grep '^[a-z0-9]' | grep -v ':' | sort -u)
 (
@@ -19,12 +19,12 @@ packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-confli
         # virtual packages have nothing to download
         apt-cache show "$package" >/dev/null 2>&1 && apt-get download -q "$package" >/dev/null 2>&1 || true
     done
-    for deb in *.deb; do dpkg -x "$deb" "$work/root"; done
+    for deb in *.deb; do dpkg -x "$deb" "$work/tree"; done
 )
-loader=$(find "$work/root" -name 'ld-linux*.so.*' | head -n 1)
-program=$work/root/usr/bin/espeak-ng
+loader=$(find "$work/tree" -name 'ld-linux*.so.*' | head -n 1)
+program=$work/tree/usr/bin/espeak-ng
 [ -x "$program" ] && [ -n "$loader" ] || { echo "$0: apt-get download brought no espeak-ng; run apt-get update" >&2; exit 1; }
-libraries=$(find "$work/root" -name '*.so.*' -exec dirname {} + | sort -u | tr '\n' ':')
+libraries=$(find "$work/tree" -name '*.so.*' -exec dirname {} + | sort -u | tr '\n' ':')
 rm -rf "$folder/bin" "$folder/lib" "$folder/share"
 mkdir -p "$folder/bin" "$folder/lib" "$folder/share"
 cp "$loader" "$folder/lib/loader"
@@ -32,7 +32,7 @@ cp "$loader" "$folder/lib/loader"
     cp -L "$library" "$folder/lib/"
 done
 cp "$program" "$folder/lib/espeak-ng"
-cp -r "$(find "$work/root/usr/lib" -type d -name espeak-ng-data)" "$folder/share/"
+cp -r "$(find "$work/tree/usr/lib" -type d -name espeak-ng-data)" "$folder/share/"
 cat >"$folder/bin/espeak-ng" <<'WRAPPER'
 #!/bin/sh
 here=$(cd "$(dirname "$0")/.." && pwd)
