@@ -31,11 +31,11 @@ def _record(modules: dict[str, nn.Module], found: dict[str, Tensor]) -> None:
 
 @handles("wan", "text_clean")
 def text_clean(case: Case) -> dict[str, Any]:
-    modes = [mode for mode in CLEANERS if mode in case.json["cases"][0]]
     return {
         f"json.cases.{i}.{mode}": clean_text(entry["text"], mode)
         for i, entry in enumerate(case.json["cases"])
-        for mode in modes
+        for mode in CLEANERS
+        if mode in entry
     }
 
 
@@ -191,8 +191,8 @@ def wav2vec_normalise(case: Case) -> dict[str, Tensor]:
 
 
 def _indices(key: str) -> list[int]:
-    source_fps, source_frames, target_fps, count = (int(part) for part in key.split("_"))
-    return windows.frame_indices(source_fps, source_frames, target_fps, count).tolist()
+    source_fps, source_frames, target_fps, count = key.split("_")
+    return windows.frame_indices(float(source_fps), int(source_frames), float(target_fps), int(count)).tolist()
 
 
 @handles("wan", "wav2vec_windows")

@@ -64,10 +64,10 @@ def tables(case: Case) -> dict[str, Tensor]:
 @handles("wan", "sched_traj_*")
 def trajectory(case: Case) -> dict[str, Tensor]:
     j = case.json
-    table = "unipc" if j["sigma_table"] == "unipc_dynamic" else j["sigma_table"]
+    table = j["sigma_table"]
     # the flow-match trajectories use the table of omni: sigma_min 0 with the extra step
-    options = {"sigma_min": j.get("sigma_min", 0.0), "extra_one_step": j.get("extra_one_step", True)}
-    schedule = build_schedule(table, options, j["steps"], j.get("shift"), j.get("mu"))
+    options = {"sigma_min": 0.0, "extra_one_step": True}
+    schedule = build_schedule(table, options | j, j["steps"], j.get("shift"), j.get("mu"))
     x, outputs = case["in.x"], case["in.model_outputs"]
     step = _stepper(j, schedule)
     samples = []

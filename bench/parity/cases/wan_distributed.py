@@ -26,7 +26,7 @@ def model_rank(path: str, name: str, ranks: int) -> list[Tensor]:
     case = Case("wan", Path(path))
     model, p = build_model(case.sibling(case.json["config"]).json, case.weights()), case.json["outputs"][name]
     mesh = sp.SequenceMesh.create(*sp.choose_degrees(ranks, model.config.num_heads))
-    return sp.forward(model, mesh, **read_inputs(case, p), mask_padding=p.get("key_mask", True))
+    return sp.forward(model, mesh, **read_inputs(case.__getitem__, p), mask_padding=p.get("key_mask", True))
 
 
 @handles("wan", "dist_*")
@@ -44,7 +44,7 @@ def distributed(case: Case) -> Mapping[str, Tensor]:
         if p["ranks"] == 1:
             model = build_model(case.sibling(case.json["config"]).json, case.weights())
             with torch.no_grad():
-                latents: list[Any] = model(**read_inputs(case, p))
+                latents: list[Any] = model(**read_inputs(case.__getitem__, p))
         else:
             results = run_ranks(model_rank, p["ranks"], str(case.path), name, p["ranks"])
             if any(not torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True)):

@@ -1,6 +1,6 @@
 """Parity of the Wan DiT: units, whole forwards, precision flows stage by stage, gradients, key tables (wan.md, 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +24,15 @@ def build_model(config: Mapping[str, Any], weights: dict[str, Tensor]) -> WanMod
     return model.requires_grad_(False)
 
 
-def read_inputs(case: Case, names: Mapping[str, Any]) -> dict[str, Any]:
+def read_inputs(read_tensor: Callable[[str], Tensor], names: Mapping[str, Any]) -> dict[str, Any]:
     """The forward's arguments from an entry of `outputs`, which holds tensor names, lists of names, or numbers."""
     rename = {"clip_fea": "clip_features"}
     read: dict[str, Any] = {}
     for key, value in names.items():
         if isinstance(value, str):
-            read[rename.get(key, key)] = case[value]
+            read[rename.get(key, key)] = read_tensor(value)
         elif isinstance(value, list):
-            read[rename.get(key, key)] = [case[name] for name in value]
+            read[rename.get(key, key)] = [read_tensor(name) for name in value]
         elif key == "seq_len":
             read[key] = value
     return read
@@ -71,8 +71,9 @@ def rotary(case: Case) -> Mapping[str, Tensor]:
     rotated = [ops.apply_rope(sample[None], table(i)) for i, sample in enumerate(x)]
     found["out.y"] = torch.cat(rotated)
     found["out.y_sp_padded"] = rotated[0]
-    for rank, tokens in enumerate(case["in.x_sp"].chunk(case.json["sp_ranks"], 1)):
-        start = rank * tokens.shape[1]
+    pieces = case["in.x_sp"].chunk(case.json["sp_ranks"], 1)
+    for rank, tokens in enumerate(pieces):
+        start = rank * pieces[0].shape[1]
         found[f"out.y_sp_rank.{rank}"] = ops.apply_rope(tokens, table(0)[start : start + tokens.shape[1]])
     for name in case.names("mid.table"):
         first = case.json["outputs"][name]["first_position"]
@@ -106,7 +107,7 @@ def forward(case: Case) -> Mapping[str, Tensor]:
     for index, (name, p) in enumerate(case.json["outputs"].items()):
         if not isinstance(p, dict):
             continue
-        arguments = read_inputs(case, p)
+        arguments = read_inputs(case.__getitem__, p)
         latents = model(**arguments)
         found |= named_outputs(case, name, latents)
         if index == 0 and case.names("mid."):
@@ -156,21 +157,14 @@ def precision_flow(case: Case) -> Mapping[str, Tensor]:
     def recorded(name: str) -> Tensor:
         return case[name].to(dtypes.get(name, case[name].dtype))
 
-    p = case.json["outputs"]["out.y"]
-    arguments = {
-        "x": [recorded(name) for name in p["x"]],
-        "t": recorded(p["t"]),
-        "context": [recorded(name) for name in p["context"]],
-        "seq_len": p["seq_len"],
-    }
+    arguments = read_inputs(recorded, case.json["outputs"]["out.y"])
     start = model.embed(**arguments)
     found = {"mid.x_tokens": start.tokens, "mid.context": start.context.text}
-    kept = case.json["kept_token_rows_of_e"]
-    rows = slice(None) if kept is None else kept
-    found["mid.e"] = start.time[:, rows]
-    found["mid.e0"] = start.modulation[:, rows].flatten(2)
-    if kept is None:  # one time per sample: the golden's own values feed the stages
-        found = {name: v.squeeze(1) if name in ("mid.e", "mid.e0") else v for name, v in found.items()}
+    rows = {"mid.e": start.time, "mid.e0": start.modulation.flatten(2)}  # [B, R, D], [B, R, 6 D]
+    if (kept := case.json["kept_token_rows_of_e"]) is not None:
+        found |= {name: v.expand(-1, start.tokens.shape[1], -1)[:, kept] for name, v in rows.items()}
+    else:  # one time per sample: the golden's own values feed the stages
+        found |= {name: v.squeeze(1) for name, v in rows.items()}
         modulation = recorded("mid.e0").unflatten(-1, (1, 6, -1))
         start = start._replace(time=recorded("mid.e").unsqueeze(1), modulation=modulation)
     start = start._replace(context=Context(recorded("mid.context")))

@@ -24,7 +24,9 @@ def load_parts(case: Case) -> WanVideo:
     clip = None
     if "clip" in case.json:
         p = case.json["clip"]
-        size = ClipSize(p["dim"], p["heads"], p["layers"], p["dim"] * p["mlp_ratio"], p["image_size"], p["patch_size"])
+        size = ClipSize(
+            p["dim"], p["heads"], p["layers"], int(p["dim"] * p["mlp_ratio"]), p["image_size"], p["patch_size"]
+        )
         clip = ClipVision(size)
         clip.assign({f"visual.{key}": value for key, value in case.weights(prefix=prefixes["clip"]).items()})
     if "dit" in prefixes:
@@ -46,7 +48,8 @@ def settings_of(case: Case, output: str) -> WanSettings:
 @handles("wan", "e2e_*")
 def generation(case: Case) -> Mapping[str, Tensor]:
     """Every video of the .json, and what the picture becomes before the first step."""
-    pipeline, frames = load_parts(case), case.json["frame_num"]
+    pipeline = load_parts(case)
+    frames = case.json.get("mask_frames", case.json["frame_num"])  # image to video 2.1 ignores frame_num
     found: dict[str, Tensor] = {}
     for name, p in case.json["outputs"].items():
         if not isinstance(p, dict):

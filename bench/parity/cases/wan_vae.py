@@ -110,9 +110,7 @@ def units(case: Case) -> dict[str, Tensor]:
                 cursor = SlotCursor(slots)
                 found[f"{name}.{i}"] = block(part, cursor)
                 slots = cursor.slots
-                for j, slot in enumerate(slots):
-                    key = output["slots_after_chunk"].replace("<chunk>", str(i)).replace("<slot>", str(j))
-                    found[key] = _as_stored(case, key, slot)
+                found |= _stored_slots(case, output["slots_after_chunk"].replace("<chunk>", str(i)), slots)
     return found
 
 
@@ -123,6 +121,18 @@ def _as_stored(case: Case, key: str, slot: Tensor) -> Tensor:
     if missing.any():
         raise AssertionError(f"{key}: frames before the start of the stream are not zero")
     return slot[:, :, -kept:]
+
+
+def _stored_slots(case: Case, pattern: str, slots: list[Tensor]) -> dict[str, Tensor]:
+    """The recorded ones of `slots` by golden name; a marker `<name>.str` stands for a slot that holds nothing yet."""
+    found = {}
+    for j, slot in enumerate(slots):
+        key = pattern.replace("<slot>", str(j))
+        if f"{key}.str" in case:
+            found[f"{key}.str"] = slot.abs().amax().view(1)  # ours is a history of zeros
+        elif key in case:
+            found[key] = _as_stored(case, key, slot)
+    return found
 
 
 @handles("wan", "vae_resample_*")
@@ -138,11 +148,7 @@ def resample(case: Case) -> dict[str, Tensor]:
         cursor = SlotCursor(slots if temporal else (torch.empty(0),) * i)
         found[f"out.chunks.{i}"] = layer(part, cursor)
         slots = cursor.slots
-        key, marker = (chunks[name].replace("<chunk>", str(i)) for name in ("slot_after_chunk", "marker"))
-        if marker in case:
-            found[marker] = slots[0].abs().amax().view(1)  # nothing yet: a history of zeros
-        elif key in case:
-            found[key] = _as_stored(case, key, slots[0])
+        found |= _stored_slots(case, chunks["slot_after_chunk"].replace("<chunk>", str(i)), slots)
     return found
 
 
@@ -166,13 +172,17 @@ def stream_decode(case: Case) -> dict[str, Tensor]:
     calls, whole, following = (case.json["outputs"][f"out.{n}"] for n in ("calls", "whole", "next_without_reset"))
     for i, part in enumerate(_split(case[calls["z"]], calls["latents_per_call"])):
         found[f"out.calls.{i}"] = vae.decode_stream(part, state, clamp=calls["clamp"])
-        for j, slot in enumerate(state.slots):
-            key = calls["slots_after_call"].replace("<call>", str(i)).replace("<slot>", str(j))
-            if key in case:
-                found[key] = _as_stored(case, key, slot)
+        found |= _stored_slots(case, calls["slots_after_call"].replace("<call>", str(i)), state.slots)
     found["out.whole"] = vae.decode(case[whole["z"]], clamp=whole["clamp"])
     found["out.next_without_reset"] = vae.decode_stream(case[following["z"]], state, clamp=following["clamp"])
     return found
+
+
+def _encode_call(vae: WanVae, video: Tensor, state: EncoderState, *, normalised: bool) -> Tensor:
+    """One call as the original makes it: frames that complete no latent frame are dropped, ours would wait."""
+    latents = vae.encode_stream(video, state, normalised=normalised)
+    state.pending = None
+    return latents
 
 
 @handles("wan", "vae_stream_encode")
@@ -180,12 +190,8 @@ def stream_encode(case: Case) -> dict[str, Tensor]:
     vae, state, found = _vae(case), EncoderState(), {}
     calls = case.json["outputs"]["out.calls"]
     for i, part in enumerate(_split(case[calls["x"]], calls["frames_per_call"])):
-        found[f"out.calls.{i}"] = vae.encode_stream(part, state, normalised=calls["normalised"])
-    for j, slot in enumerate(state.slots):
-        key = calls["slots_after_last_call"].replace("<slot>", str(j))
-        if key in case:
-            found[key] = _as_stored(case, key, slot)
-    return found
+        found[f"out.calls.{i}"] = _encode_call(vae, part, state, normalised=calls["normalised"])
+    return found | _stored_slots(case, calls["slots_after_last_call"], state.slots)
 
 
 @handles("wan", "vae_stream_encode_next")
@@ -194,7 +200,7 @@ def stream_encode_next(case: Case) -> dict[str, Tensor]:
     states: dict[str, EncoderState] = {}
     for name, output in case.json["outputs"].items():
         state = states[output["continues"]] if "continues" in output else EncoderState()
-        found[name] = vae.encode_stream(case[output["x"]], state, normalised=output["normalised"])
+        found[name] = _encode_call(vae, case[output["x"]], state, normalised=output["normalised"])
         states[name] = state
     return found
 
@@ -261,10 +267,15 @@ def _stages(case: Case, vae: WanVae, z: Tensor) -> dict[str, Tensor]:
     found = {"mid.conv2": vae.conv2(vae.denormalise(z.to(vae.precision.latents)))}
     decoder = vae.decoder
     slots: list[Tensor] = []
-    for frame in case.json["mid_frames"]:
+    recorded = set(case.json["mid_frames"])
+    for frame in range(max(recorded) + 1):
         cursor = SlotCursor(slots)
         prefix = f"mid.frame{frame}."
         x = case.tensors["mid.conv2"][:, :, frame : frame + 1].to(vae.precision.dtype)
+        if frame not in recorded:
+            decoder(x, cursor)
+            slots = cursor.slots
+            continue
 
         def step(name: str, y: Tensor, prefix: str = prefix) -> Tensor:
             found[prefix + name] = y
