@@ -1,18 +1,18 @@
 """`load`: the name of a model -> an `Avatar` that is ready to talk.
 
-Models and media are imported when one is loaded: the package imports this file at once (a function named like its
-module must be bound first), and training needs neither.
+Models, media and PyTorch are imported when one is loaded: the package imports this file at once (a function named
+like its module must be bound first), training needs no media, and `kinora --help` needs nothing at all.
 """
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from .errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from .avatar import Avatar
 
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
@@ -20,7 +20,7 @@ MODELS = {
     "tiny": "the embedded model: drawn faces, no download, no prompt",
     "liveavatar-14b": "LiveAvatar on Wan2.2-S2V-14B; pass checkpoint=FOLDER",
 }
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")
 PLACEMENTS = ("auto", "single")
 
 
@@ -42,11 +42,14 @@ def load(
     Errors: InputError for an unknown name or option (with what there is), CheckpointError for missing files or
     weights that do not fit.
     """
+    _check_choice("precision", precision, ("auto", *PRECISIONS))
+    _check_choice("placement", placement, PLACEMENTS)
+    import torch
+
     from .avatar import Avatar
     from .systems.embedded import CONFIG_FILE, load_embedded
 
-    _check_choice("precision", precision, ("auto", *PRECISIONS))
-    _check_choice("placement", placement, PLACEMENTS)
+    dtype: torch.dtype | None = None if precision == "auto" else getattr(torch, precision)
     target, name = pick_device(device), os.fspath(name_or_path)
     if name == "liveavatar-14b":
         if checkpoint is None:
@@ -56,13 +59,13 @@ def load(
             raise CheckpointError(f"there is no folder {folder}; pass the folder of Wan2.2-S2V-14B")
         from .systems.liveavatar_checkpoint import load_published
 
-        return Avatar(name, load_published(folder, PRECISIONS.get(precision, torch.bfloat16), target))
+        return Avatar(name, load_published(folder, dtype or torch.bfloat16, target))
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
         raise InputError(f"there is no model {name!r}; known are {_names()}, or a folder with a {CONFIG_FILE}")
-    return Avatar(folder.name, load_embedded(folder, PRECISIONS.get(precision, torch.float32), target))
+    return Avatar(folder.name, load_embedded(folder, dtype or torch.float32, target))
 
 
 def _names() -> str:
@@ -74,8 +77,10 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise InputError(f"{what} {value!r} is not known; choose one of {', '.join(choices)}")
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str) -> "torch.device":
     """ "auto": CUDA where there is one, else the CPU; otherwise a torch device name. InputError for an absent one."""
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

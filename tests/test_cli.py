@@ -364,6 +364,11 @@ def test_help_and_version_teach(capsys):
     assert re.fullmatch(r"kinora \d+\.\d+\.\d+\S*\n", run(["--version"], capsys)[1])
 
 
+def test_help_is_quick():
+    code = "import sys; from kinora.runtime.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_sizes_are_width_by_height():
     assert parse_size("") is None
     assert parse_size("704x384") == parse_size("704*384") == (384, 704)
