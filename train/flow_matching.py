@@ -12,9 +12,11 @@ from ..runtime.samplers import Schedule, flow_match_schedule, timestep_weights
 TRAIN_STEPS = 1000
 
 
-def training_schedule(shift: float = 5.0) -> Schedule:
-    """Noise levels of 1000 training time-steps; sigma_min 0 and the extra step are the published arguments."""
-    return flow_match_schedule(TRAIN_STEPS, shift, sigma_min=0.0, extra_one_step=True)
+def training_schedule(
+    shift: float = 5.0, steps: int = TRAIN_STEPS, sigma_min: float = 0.0, extra_one_step: bool = True
+) -> Schedule:
+    """Noise levels of the training time-steps; the defaults are the published arguments."""
+    return flow_match_schedule(steps, shift, sigma_min=sigma_min, extra_one_step=extra_one_step)
 
 
 def share_within_blocks(t: Tensor, frames_per_block: int) -> Tensor:

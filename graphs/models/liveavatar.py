@@ -79,7 +79,7 @@ class LiveAvatar(nn.Module):
             c.dim, c.num_heads, len(c.audio_inject_layers), c.eps, c.enable_adain, c.adain_mode
         )
         self.frame_packer = FramePacker(c.in_dim, c.dim, c.framepack_drop_mode, c.motion_buckets)
-        self.injection_index = {layer: index for index, layer in enumerate(c.audio_inject_layers)}
+        self.injection_index = {layer: index for index, layer in enumerate(sorted(c.audio_inject_layers))}
         set_compute_dtype(self, None)
 
     @property

@@ -113,9 +113,11 @@ class AudioClips:
     clips: int
 
 
-def liveavatar_windows(features: Tensor, fps: float = 25, batch_frames: int = 48, m: int = 0) -> AudioClips:
-    """[K, A, C] at 30 Hz -> the model layout [1, K, (2m+1) C, n], float32 (liveavatar.md 3.3)."""
-    windows, clips = bucket_by_fps(features.float(), fps, batch_frames, m)
+def liveavatar_windows(
+    features: Tensor, fps: float = 25, batch_frames: int = 48, m: int = 0, rate: float = WINDOW_RATE
+) -> AudioClips:
+    """[K, A, C] at `rate` -> the model layout [1, K, (2m+1) C, n], float32 (liveavatar.md 3.3)."""
+    windows, clips = bucket_by_fps(features.float(), fps, batch_frames, m, rate)
     if features.shape[0] == 1:
         windows = windows[:, None]
     return AudioClips(windows.permute(1, 2, 0)[None], clips)

@@ -214,8 +214,9 @@ def audio_bucket(case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, given in enumerate(case.json["cases"]):
         states = case[f"in.{given['case']}.feat50"]
-        features = windows.s2v_features([state[None] for state in states], case.json["interpolated_rate"])
-        condition = windows.liveavatar_windows(features, given["fps"], given["batch_frames"], given["m"])
+        rate = case.json["interpolated_rate"]
+        features = windows.s2v_features([state[None] for state in states], rate)
+        condition = windows.liveavatar_windows(features, given["fps"], given["batch_frames"], given["m"], rate)
         found[f"mid.{given['case']}.feat30"] = features
         found[f"out.{given['case']}.bucket"] = condition.features
         found[f"json.cases.{i}.T30"] = features.shape[1]
@@ -229,8 +230,9 @@ def audio_features(case: Case) -> dict[str, Any]:
     config = case.json
     wave = normalise_waveform(case["in.wav"], config["normalise_eps"])
     states = _wav2vec2(case)(wave[None])
-    features = windows.s2v_features(states, config["interpolated_rate"])
-    condition = windows.liveavatar_windows(features, config["fps"], config["batch_frames"], config["m"])
+    rate = config["interpolated_rate"]
+    features = windows.s2v_features(states, rate)
+    condition = windows.liveavatar_windows(features, config["fps"], config["batch_frames"], config["m"], rate)
     return {
         "mid.normalized": wave,
         "mid.feat30": features,

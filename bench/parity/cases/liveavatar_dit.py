@@ -16,11 +16,12 @@ from .liveavatar_units import Ring, Values, load, pad_rows, run_stages
 def load_model(case: Case, dtype: torch.dtype = torch.float32) -> LiveAvatar:
     info = case.json
     weights = case.weights()
+    frames = info.get("num_frame_per_block", info["frames_per_block"])  # the first is the training mask's own
     config = LiveAvatarConfig.from_published(
         info["config"],
         audio_layers=weights["casual_audio_encoder.weights"].shape[1],
-        num_frames_per_block=info["frames_per_block"],
-        cache_frames=info.get("cache_frames", 4 * info["frames_per_block"]),
+        num_frames_per_block=frames,
+        cache_frames=info.get("cache_frames", 4 * frames),
     )
     model = LiveAvatar(config)
     load(model, weights)
@@ -47,7 +48,8 @@ def model(case: Case) -> Values:
     for part, name in enumerate("kv"):
         for key in case.names(f"out.sink.cond_{name}."):
             layer = key.rsplit(".", 1)[1]
-            out[key] = condition.layers[-1 if layer == "last" else int(layer)][part]
+            kept = condition.layers[-1 if layer == "last" else int(layer)][part]
+            out[key] = pad_rows(kept, case.tensors[key])
     cache = RollingCache.allocate(dit.config, condition.grid[0] * condition.grid[1], dtype=dit.dtype)
     actors = case["in.mask"] if "in.mask" in case else None  # noqa: SIM401
     single = "steps" not in info

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def _windows(case: Case, features: Tensor, batch_frames: int) -> AudioClips:
     """[K, T50, C] at 50 Hz -> windows at the video's rate."""
     p = case.json
     at_rate = s2v_features([state[None] for state in features], p["interpolated_rate"])
-    return liveavatar_windows(at_rate, p["fps"], batch_frames, p["m"])
+    return liveavatar_windows(at_rate, p["fps"], batch_frames, p["m"], p["interpolated_rate"])
 
 
 def _speech(case: Case) -> AudioClips:
@@ -178,7 +179,7 @@ def _run(case: Case, released: GenerationMode, placement: Placement, audio: Iter
     draws = RecordedDraws(case, mode.steps)
     stream = BlockStream(vae, mode, pixels, place, draws, actor_mask=mask, pose=pose)
     latents, frames = [], []
-    for block, features in enumerate(audio):
+    for block, features in enumerate(islice(audio, p.get("blocks"))):
         result[f"mid.audio_block{block}"] = result[f"mid.audio_block.{block}"] = features
         made, shown = stream.next(features)
         latents.append(made)

@@ -45,7 +45,7 @@ def lora_merge(case: Case) -> Values:
     weights = {name: value.clone() for name, value in case.weights().items()}
     lora = {name.removeprefix("in."): case[name] for name in case.names("in.")}
     merge_lora(weights, lora, case.json["alpha"], case.json["targets"].split(","))
-    return {f"out.{name}": value for name, value in weights.items()}
+    return {f"out.{name}": value for name, value in weights.items() if f"out.{name}" in case}
 
 
 @handles("liveavatar", "train_loss")
@@ -56,10 +56,7 @@ def train_loss(case: Case) -> Values:
     state = dit.state_dict()
     for name in lora_state_dict(dit):
         state[name].copy_(case[f"in.{name}"])
-    options = info["scheduler"]
-    schedule = training_schedule(options["shift"])
-    if (options["sigma_min"], options["extra_one_step"], options["steps"]) != (0.0, True, len(schedule)):
-        raise ValueError(f"the training schedule is fixed but for its shift; this case has {options}")
+    schedule = training_schedule(**info["scheduler"])
     t = share_within_blocks(case["in.t_raw"], info["num_frame_per_block"])
     sigma, weight = noise_level(schedule, t)
     x0, noise = case["in.x0"][None], case["in.noise"][None]
@@ -78,7 +75,9 @@ def train_loss(case: Case) -> Values:
     loss = flow_matching_loss(flow, x0, noise, weight)
     loss.backward()
     gradients = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
-    without = [name for name, p in dit.named_parameters() if p.grad is None]
+    listed = info["parameters_without_gradient"]
+    without = {name for name, p in dit.named_parameters() if p.grad is None}
+    in_order = [name for name in listed if name in without] + sorted(without.difference(listed))
     recorded = {name: gradients[name.removeprefix("out.grad.")] for name in case.names("out.grad.")}
     return recorded | {
         "mid.t_block": t,
@@ -89,5 +88,5 @@ def train_loss(case: Case) -> Values:
         "mid.loss_per_frame": frame_losses(flow, x0, noise)[0],
         "out.loss": loss[None],
         "out.grad_norms": torch.stack([gradients[name].norm() for name in info["grad_norm_names"]]),
-        "json.parameters_without_gradient": without,
+        "json.parameters_without_gradient": in_order,
     }

@@ -108,7 +108,7 @@ def audio_injector(case: Case) -> Values:
         raise KeyError(f"injector {j} is incomplete, or the golden holds tensors that the injector has not")
     injector.load_state_dict(weights, strict=False)  # a case may hold only the layer that it tests
     audio = injector.prepare_layer(j, case["in.audio_emb"], case["in.audio_emb_global"])
-    mask = case["in.mask"][:, info["mask_frames"]].flatten(1) if "in.mask" in case else None
+    mask = case["in.mask"][:, info.get("mask_frames", range(info["grid"][0]))].flatten(1) if "in.mask" in case else None
     return {"out.hidden": injector(j, case["in.hidden"], audio, info["grid"][0], mask)}
 
 
