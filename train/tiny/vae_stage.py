@@ -62,7 +62,8 @@ def reconstruction_loss(decoded: Tensor, video: Tensor, opens: bool) -> Tensor:
     if opens:
         weight[:, :, 0] = FIRST_WEIGHT
     pixel = ((decoded - video).abs() * weight).mean()
-    colour = F.l1_loss(*(F.avg_pool3d(clip, (1, COLOUR_WINDOW, COLOUR_WINDOW)) for clip in (decoded, video)))
+    blurred, wanted = (F.avg_pool3d(clip, (1, COLOUR_WINDOW, COLOUR_WINDOW)) for clip in (decoded, video))
+    colour = F.l1_loss(blurred, wanted)
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(video), strict=True))
     return pixel + EDGE_WEIGHT * edge + COLOUR_WEIGHT * colour
 
