@@ -171,7 +171,7 @@ def train_dit(
         curve.add(0, pool=pool.filled)
     for name, stage in stages:
         loss_of = flow_loss if name == "flow" else rollout_loss
-        total = torch.zeros((), device=device)
+        total, summed = torch.zeros((), device=device), 0
         while done[name] < stage.steps:
             set_learning_rate(optimizer, warmup_cosine(done[name], stage.steps, stage.rate, stage.warmup))
             if done[name] % recipe.refill_every == 0:
@@ -186,9 +186,10 @@ def train_dit(
             steps = sum(done.values())
             ema.update(system, steps)
             total += loss.detach()
+            summed += 1
             if done[name] % stage.report_every == 0:
-                curve.add(steps, **{name: total.item() / stage.report_every})
-                total.zero_()
+                curve.add(steps, **{name: total.item() / summed})
+                total, summed = torch.zeros((), device=device), 0
             if done[name] % stage.save_every == 0 or done[name] == stage.steps:
                 save()
                 curve.add(steps, **validate(system, sigmas))
