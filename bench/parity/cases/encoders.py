@@ -191,8 +191,8 @@ def wav2vec_normalise(case: Case) -> dict[str, Tensor]:
 
 
 def _indices(key: str) -> list[int]:
-    source_fps, source_frames, target_fps, count = key.split("_")
-    return windows.frame_indices(float(source_fps), int(source_frames), float(target_fps), int(count)).tolist()
+    source_fps, source_frames, target_fps, count = (int(part) for part in key.split("_"))
+    return windows.frame_indices(source_fps, source_frames, target_fps, count).tolist()
 
 
 @handles("wan", "wav2vec_windows")
