@@ -7,7 +7,7 @@ import pytest
 import torch
 from kinora.bench.parity import registry
 from kinora.bench.parity.__main__ import main
-from kinora.bench.parity.case import find_cases
+from kinora.bench.parity.case import find_cases, system_of
 from kinora.bench.parity.runner import run_case
 from kinora.bench.parity.tolerance import compare, limits_for
 from safetensors.torch import save_file
@@ -54,6 +54,21 @@ def test_per_tensor_replaces_the_default_as_a_whole() -> None:
     tolerance = {"default": {"atol": 1.0, "mean_rtol": 0.1}, "per_tensor": {"out.y": {"rtol": 0.5}}}
     assert limits_for(tolerance, "out.y") == {"rtol": 0.5}
     assert limits_for(tolerance, "out.z") == {"atol": 1.0, "mean_rtol": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("folder", "system"),
+    [
+        ("golden/wan", "wan"),
+        ("golden_wan", "wan"),
+        ("wan-heldout/seed2", "wan"),
+        ("wan/golden_liveavatar", "liveavatar"),
+        ("goldens/skyreels_v3_b", "skyreels_v3"),
+        ("swan/other", "?"),
+    ],
+)
+def test_the_nearest_folder_names_the_system(folder: str, system: str) -> None:
+    assert system_of(Path(folder)) == system
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """One golden case: its .json, its tensors, and where its weights lie."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,11 +68,15 @@ class Case:
         return found
 
 
+def system_of(folder: Path) -> str:
+    """The system that the nearest folder of the path names as a word (`wan`, `golden_wan`, `wan-2`), "?" if none does."""
+    for part in reversed(folder.parts):
+        for system in SYSTEMS:
+            if re.search(rf"(?<![a-z0-9]){system}(?![a-z0-9])", part.lower()):
+                return system
+    return "?"
+
+
 def find_cases(folder: Path) -> list[Case]:
-    """Every golden .json below `folder`, by system (a folder name of the path that names one) and file name."""
-    cases = []
-    for path in sorted(folder.resolve().rglob("*.json")):
-        parts = [part.lower().removeprefix("golden_") for part in reversed(path.parent.parts)]
-        system = next((part for part in parts if part in SYSTEMS), None)
-        cases.append(Case(system or "?", path))
-    return cases
+    """Every golden .json below `folder`, by the system that its folder names and by file name."""
+    return [Case(system_of(path.parent), path) for path in sorted(folder.resolve().rglob("*.json"))]
