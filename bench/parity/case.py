@@ -69,7 +69,7 @@ class Case:
 
 
 def system_of(folder: Path) -> str:
-    """The system that the nearest folder of the path names as a word (`wan`, `golden_wan`, `wan-2`), "?" if none does."""
+    """The system that the nearest folder of the path names as a word (`wan`, `golden_wan`, `wan-2`), else "?"."""
     for part in reversed(folder.parts):
         for system in SYSTEMS:
             if re.search(rf"(?<![a-z0-9]){system}(?![a-z0-9])", part.lower()):
