@@ -23,7 +23,6 @@ SAMPLE_RATE = 16_000
 HOP = 320  # samples: 20 ms
 WINDOW = 640  # samples: 40 ms
 MARGIN = (WINDOW - HOP) // 2  # samples that a frame reads beyond its hop, on each side
-FRAMES_PER_SECOND = SAMPLE_RATE // HOP
 N_MELS = 40
 MEL_RANGE = (60.0, 7600.0)  # Hz
 SPEECH_BAND = (150.0, 5000.0)  # Hz
@@ -92,11 +91,6 @@ def frame_energies(wave: Tensor, *, n_mels: int = N_MELS, padded: bool = False) 
 def decibels(power: Tensor) -> Tensor:
     """10 log10, never below `SILENCE_DB`."""
     return 10.0 * torch.log10(power.clamp(min=10.0 ** (SILENCE_DB / 10.0)))
-
-
-def log_mel(wave: Tensor, *, n_mels: int = N_MELS, padded: bool = False) -> Tensor:
-    """`frame_energies` in dB: [..., samples] -> [..., T50, n_mels]."""
-    return decibels(frame_energies(wave, n_mels=n_mels, padded=padded))
 
 
 def speech_loudness(energies: Tensor) -> Tensor:

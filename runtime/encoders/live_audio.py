@@ -58,11 +58,6 @@ class LiveWindow:
         """Samples heard after a step."""
         return round(self.lookahead_seconds * FEATURE_RATE) * STRIDE
 
-    @property
-    def latency_seconds(self) -> float:
-        """From the first sound of a step to its features, computing aside."""
-        return (self.hop + self.lookahead) / SAMPLE_RATE
-
 
 class LiveAudioFeatures:
     """Features per video frame of a growing sound, in the interface that every live front end has.

@@ -94,9 +94,8 @@ class Identity:
 
     clothes: Tensor
     collar: Tensor
-    collar_round: Tensor  # 1 crew neck
     collar_v: Tensor  # 1 V-neck
-    collar_shirt: Tensor  # 1 shirt
+    collar_shirt: Tensor  # 1 shirt; neither: a crew neck
     shoulders: Tensor  # half width
     stripes: Tensor
 
@@ -238,7 +237,6 @@ def sample_identities(seeds: Sequence[int], device: torch.device | str = "cpu") 
         lip_thickness=uniform(0.022, 0.042),
         clothes=clothes,
         collar=collar,
-        collar_round=(collar_kind < 0.4).float(),
         collar_v=((collar_kind >= 0.4) & (collar_kind <= 0.7)).float(),
         collar_shirt=shirt,
         shoulders=uniform(0.70, 0.92),
