@@ -265,7 +265,7 @@ import time
 
 class Slow(FakeSession):
     def feed(self, samples):
-        time.sleep(0.03)
+        time.sleep(0.04)
         return super().feed(samples)
 
 runtime.load = lambda *_, **options: FakeAvatar(Slow())
@@ -275,8 +275,8 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_a_real_ctrl_c_in_a_real_process(inputs):
-    """A minute of sound; the signal comes once the file grows; the process ends with 130 and the file is whole."""
-    voice = np.random.default_rng(0).uniform(-0.5, 0.5, 60 * RATE).astype(np.float32)
+    """Two minutes of sound, fed slowly; the signal comes once the file grows; the process ends with 130 and the file is whole."""
+    voice = np.random.default_rng(0).uniform(-0.5, 0.5, 120 * RATE).astype(np.float32)
     write_sound(Path("voice.wav"), voice, "pcm_s16le", RATE)
     command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), *JOB]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -402,7 +402,7 @@ def test_pieces_open_with_17_frames_and_go_on_with_16() -> None:
 
 
 def test_the_vaes_loss_counts_motion_and_the_first_frame() -> None:
-    video = torch.zeros(1, 3, 5, 8, 8)
+    video = torch.zeros(1, 3, 5, 32, 32)
     video[:, :, 2, 4, 4] = 1.0
     assert vae_stage.reconstruction_loss(video, video, True) == 0
 
