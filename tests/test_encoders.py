@@ -363,3 +363,6 @@ def test_window_errors_and_speakers() -> None:
     assert torch.equal(both.features[:1], long.features[..., :48])
     one_state = windows.liveavatar_windows(torch.rand(1, 30, 4))
     assert one_state.features.shape == (1, 1, 4, 48)
+    same_rate = torch.rand(2, 10, 4)  # features that already have the video's rate are taken one by one
+    taken = windows.liveavatar_windows(same_rate, fps=20, batch_frames=12, rate=20).features
+    assert torch.equal(taken[0, ..., :10], same_rate.permute(0, 2, 1)) and not taken[..., 10:].any()

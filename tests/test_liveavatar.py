@@ -333,6 +333,10 @@ def test_local_window_only_before_the_wrap() -> None:
         stream(model, data, 4)
 
 
+def test_injection_layers_count_upwards_however_they_are_listed() -> None:
+    assert tiny(replace(TINY, audio_inject_layers=(2, 0))).injection_index == {0: 0, 2: 1}
+
+
 def test_published_config_is_checked() -> None:
     published = {"dim": 48, "num_heads": 4, "num_layers": 2, "audio_inject_layers": [0, 1], "zero_timestep": True}
     config = LiveAvatarConfig.from_published({**published, "_class_name": "WanModel_S2V"}, audio_layers=4)
