@@ -275,7 +275,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_a_real_ctrl_c_in_a_real_process(inputs):
-    """Two minutes of sound, fed slowly; the signal comes once the file grows; the process ends with 130 and the file is whole."""
+    """Two minutes of sound; the signal comes once the file grows; the process ends with 130 and the file is whole."""
     voice = np.random.default_rng(0).uniform(-0.5, 0.5, 120 * RATE).astype(np.float32)
     write_sound(Path("voice.wav"), voice, "pcm_s16le", RATE)
     command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), *JOB]
