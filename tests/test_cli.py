@@ -149,6 +149,35 @@ def test_ctrl_c_finishes_the_file(inputs, fake, capsys):
     assert len(clip.frames) == 12 and clip.audio is not None and len(clip.audio) == pytest.approx(0.48 * RATE, abs=20)
 
 
+def test_ctrl_c_while_a_block_is_made_lets_it_finish(inputs, fake, capsys):
+    class Interrupted(FakeSession):
+        def _frames(self, total: int) -> np.ndarray:
+            if total and not self.made:
+                signal.raise_signal(signal.SIGINT)
+            return super()._frames(total)
+
+    fake(Interrupted())
+    code, out, told = run(JOB, capsys)
+    assert code == 130 and told == [] and f"stopped: wrote talk.mp4: {BLOCK} frames" in out
+    clip = read_video("talk.mp4")
+    assert len(clip.frames) == BLOCK and abs(len(clip.audio) - BLOCK / FPS * RATE) < 40
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_twice_stops_at_once(inputs, fake, capsys):
+    class Stuck(FakeSession):
+        def _frames(self, total: int) -> np.ndarray:
+            if self.made:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("the second Ctrl-C was not heard")
+            return super()._frames(total)
+
+    fake(Stuck())
+    code, out, told = run(JOB, capsys)
+    assert code == 130 and told == [] and f"stopped: wrote talk.mp4: {BLOCK} frames" in out
+
+
 def test_ctrl_c_before_the_first_frame_leaves_nothing(inputs, fake, capsys):
     fake(FakeSession(stop_at=0))
     assert run(JOB, capsys)[:2] == (130, "stopped: nothing was written\n")
@@ -256,7 +285,9 @@ def test_generate_with_a_real_model(inputs, capsys):
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
 from kinora import runtime
 from kinora.runtime.cli import main
 sys.path.insert(0, sys.argv[1])

@@ -390,6 +390,25 @@ def test_an_exception_still_finishes_the_file(tmp_path, fragmented):
         writer.write_frames(np.zeros((1, 32, 32, 3), np.uint8))
 
 
+def test_sound_that_was_cut_off_is_not_encoded_twice(tmp_path, monkeypatch):
+    sound = np.zeros(4 * 1024, np.float32)
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=True) as writer:
+        writer.write_frames(np.zeros((5, 32, 32, 3), np.uint8))
+        mux, calls = writer._mux, []
+
+        def interrupted(packets):
+            mux(packets)
+            calls.append(packets)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(writer, "_mux", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write_audio(sound)
+        writer.write_audio(sound)
+    assert len(read_video(tmp_path / "a.mp4").frames) == 5
+
+
 @pytest.mark.parametrize("fragmented", [False, True])
 def test_without_frames_no_file_is_left(tmp_path, fragmented):
     with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=fragmented) as writer:

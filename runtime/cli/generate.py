@@ -1,8 +1,11 @@
 """`kinora generate`: a picture and a voice -> a talking video, written while it is made."""
 
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -58,7 +61,7 @@ def generate(
 
     kinora generate -i me.jpg -a talk.m4a -o me.mp4 --model liveavatar-14b --checkpoint Wan2.2-S2V-14B
 
-    The file is playable while it is written. Ctrl-C finishes it with what was made so far.
+    The file is playable while it is written. Ctrl-C finishes it with what was made so far; twice, it stops at once.
     """
     check_output(output)
     check_overwrite(output, overwrite)
@@ -93,17 +96,17 @@ def _record(
     """Feed all samples and write what comes; (stopped by Ctrl-C, what was written)."""
     height, width = session.size
     fps, stopped = session.fps, False
-    with VideoWriter(output, width, height, fps, HEARD_RATE, fragmented=True) as writer:
+    with ctrl_c_asks() as asked, VideoWriter(output, width, height, fps, HEARD_RATE, fragmented=True) as writer:
         sound = SoundTrack(audio)
         progress.start(math.ceil(len(samples) * fps / MODEL_RATE))
         try:
-            for frames in _blocks(session, samples):
+            for frames in _blocks(session, samples, asked):
                 writer.write_frames(frames)
                 writer.write_audio(sound.until(writer.frames_written / fps))
                 progress.advance(writer.frames_written, session.stats.fps)
         except KeyboardInterrupt:
             stopped = True
-            writer.write_audio(sound.until(writer.frames_written / fps))
+    stopped = stopped or asked()
     if not writer.frames_written:
         return stopped, "nothing was written"
     stats, count = session.stats, writer.frames_written
@@ -111,13 +114,41 @@ def _record(
     return stopped, f"wrote {output}: {count} frames, {count / fps:.2f} s, {width}x{height} at {fps} fps ({speed})"
 
 
-def _blocks(session: "Session", samples: np.ndarray) -> Iterator[np.ndarray]:
-    """Frames uint8 [T, H, W, 3] as the session makes them, T > 0."""
+@contextmanager
+def ctrl_c_asks() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C only makes the yielded function true; the second raises KeyboardInterrupt.
+
+    An exception between any two instructions would leave a frame half written. Where something else handles Ctrl-C,
+    or it is ignored (jobs in the background), that stays.
+    """
+    asked, before = False, signal.getsignal(signal.SIGINT)
+
+    def note(number: int, place: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            signal.default_int_handler(number, place)
+        asked = True
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _blocks(session: "Session", samples: np.ndarray, asked: Callable[[], bool]) -> Iterator[np.ndarray]:
+    """Frames uint8 [T, H, W, 3] as the session makes them, T > 0, until the end or until it is asked to stop."""
     piece = round(PIECE_SECONDS * MODEL_RATE)
     for start in range(0, len(samples), piece):
+        if asked():
+            return
         frames = session.feed(samples[start : start + piece])
         if len(frames):
             yield frames
+    if asked():
+        return
     frames = session.finish()
     if len(frames):
         yield frames

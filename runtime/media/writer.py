@@ -97,8 +97,8 @@ class VideoWriter:
         self._pending = np.concatenate([self._pending, samples])
         size = self._audio.codec_context.frame_size
         while len(self._pending) >= size:
-            self._encode_sound(self._pending[:size])
-            self._pending = self._pending[size:]
+            piece, self._pending = self._pending[:size], self._pending[size:]
+            self._encode_sound(piece)
 
     def close(self) -> None:
         """Finish the file; a second call does nothing. Raises OutputError when the file cannot be written."""
@@ -155,8 +155,8 @@ class VideoWriter:
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="fltp", layout="mono")
         frame.sample_rate, frame.pts = self.audio_rate, self.samples_written
         frame.time_base = Fraction(1, self.audio_rate)
+        self.samples_written += len(samples)  # before the encoder has them: after Ctrl-C no time is used twice
         self._mux(self._audio.encode(frame))
-        self.samples_written += len(samples)
 
     def _mux(self, packets: list[av.Packet]) -> None:
         try:
