@@ -3,6 +3,7 @@
 from .adaln import adaln
 from .audio_residual import audio_residual
 from .causal_conv3d import causal_conv3d, conv2d, next_history
+from .channel_norm import channel_norm_silu
 from .fp8_linear import fp8_linear, quantize_fp8
 from .gated_residual import gated_residual
 from .linear import linear
@@ -15,6 +16,7 @@ __all__ = [
     "apply_rope",
     "audio_residual",
     "causal_conv3d",
+    "channel_norm_silu",
     "conv2d",
     "fp8_linear",
     "gated_residual",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from kinora.train.loop import Ema, load_checkpoint, save_checkpoint
+from kinora.train.muon import MuonAdamW
 from kinora.train.tiny import portable
 from torch import nn
 
@@ -13,7 +14,8 @@ from torch import nn
 def run(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     module = nn.Linear(300, 200)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    optimizer = MuonAdamW([module.weight], [module.bias], betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer.set_learning_rate(1e-3)
     ema = Ema(module, 0.5)
     for step in range(3):
         module(torch.randn(8, 300)).square().mean().backward()
@@ -37,11 +39,13 @@ def test_round_trip(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert after["step"] == 3
     for name, value in before["ema"].items():
         torch.testing.assert_close(after["model"][name], value, rtol=1e-3, atol=1e-6)
-    for index, state in before["optimizer"]["state"].items():
-        moments = after["optimizer"]["state"][index]["exp_avg_sq"]
+    for index, state in before["optimizer"]["adamw"]["state"].items():
+        moments = after["optimizer"]["adamw"]["state"][index]["exp_avg_sq"]
         torch.testing.assert_close(moments.sqrt(), state["exp_avg_sq"].sqrt(), rtol=1e-3, atol=1e-6)
     module = nn.Linear(300, 200)
-    torch.optim.AdamW(module.parameters()).load_state_dict(after["optimizer"])
+    optimizer = MuonAdamW([module.weight], [module.bias], betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer.load_state_dict(after["optimizer"])
+    assert optimizer.muon.param_groups[0]["lr"] is optimizer.lr  # still the one that set_learning_rate sets
     assert (tmp_path / "again" / "vae.jsonl").read_text() == '{"step": 3}\n'
 
 

@@ -18,11 +18,6 @@ def warmup_cosine(step: int, total: int, peak: float, warmup: int, floor: float 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def compile_on_gpu(*modules: nn.Module, device: torch.device) -> None:
     """Compile modules in place for fixed shapes; on a CPU they stay as they are."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from ..speech import synthesise
 from .clips import ClipSource
 from .dit_stage import TinySystem, train_dit
 from .export import dit_config, export
-from .pool import LatentPool
+from .pool import LatentPool, fast_copy
 from .recipe import PRESETS, Recipe
 from .vae_stage import train_vae
 from .validate import Validation
@@ -49,7 +49,7 @@ def train(
     count = min(VALIDATION_CLIPS, recipe.flow.batch)
     validate = Validation.prepare(checks, vae, count, context, out / "validation.png")
     system = TinySystem(dit_config(recipe, speech), speech).to(device)
-    train_dit(system, LatentPool(source, vae, recipe, *context), recipe, out, device, validate, clock)
+    train_dit(system, LatentPool(source, fast_copy(vae), recipe, *context), recipe, out, device, validate, clock)
     return export(system, vae, recipe, out / "tiny")
 
 

@@ -24,9 +24,9 @@ from ..loop import (
     compile_on_gpu,
     load_checkpoint,
     save_checkpoint,
-    set_learning_rate,
     warmup_cosine,
 )
+from ..muon import MuonAdamW, split_parameters
 from .pool import LatentPool
 from .recipe import Recipe, Stage
 
@@ -34,6 +34,8 @@ STEPS = 4
 SCHEDULE_SHARE = 0.6  # share of clips trained exactly at the runtime's noise levels, the rest in between
 MOVING_WEIGHT = 3.0
 REFERENCE_DISTANCE = (4, 43)  # of a clip's first frame; its later blocks come closer
+EMBEDDINGS = ("dit.patch_embedding", "dit.cond_encoder", "dit.text_embedding", "dit.time_embedding", "dit.head")
+"""First and last layers: AdamW's, as everywhere that Muon is used."""
 LONGEST_STREAM = 100_000  # latent frames: over four hours
 
 
@@ -147,7 +149,8 @@ def train_dit(
     """
     path = out / "dit.pt"
     sigmas = euler_schedule(STEPS, 3.0).sigmas.float().cpu()
-    optimizer = torch.optim.AdamW(system.parameters(), lr=recipe.flow.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    matrices, others = split_parameters(system, apart=EMBEDDINGS)
+    optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.95), weight_decay=0.01)
     ema = Ema(system, 0.999)
     done = {"flow": 0, "rollout": 0}
     if saved := load_checkpoint(path, device):
@@ -173,12 +176,12 @@ def train_dit(
         loss_of = flow_loss if name == "flow" else rollout_loss
         total, summed = torch.zeros((), device=device), 0
         while done[name] < stage.steps:
-            set_learning_rate(optimizer, warmup_cosine(done[name], stage.steps, stage.rate, stage.warmup))
+            optimizer.set_learning_rate(warmup_cosine(done[name], stage.steps, stage.rate, stage.warmup))
             if done[name] % recipe.refill_every == 0:
                 pool.refill(recipe.refill)
             batch = pool.draw(stage.batch, generator)
             loss = loss_of(system, batch, Place.draw(batch["first"], generator), sigmas, generator)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(system.parameters(), 1.0)
             optimizer.step()

@@ -3,8 +3,8 @@
     python -m kinora.train.tiny.portable pack RUN FOLDER      # FOLDER/run.000, run.001, ... of at most 15 MB
     python -m kinora.train.tiny.portable unpack FOLDER RUN
 
-Kept: the averaged weights (which the run goes on from), the second moments of the optimiser as square roots, step
-counts, curves. Left behind: the first moments, which a few steps build anew. A fifth of the size of the checkpoints.
+Kept: the averaged weights (which the run goes on from), AdamW's second moments as square roots, step counts, curves.
+Left behind: momenta, which a few steps build anew. A fifth of the size of the checkpoints.
 """
 
 import argparse
@@ -21,13 +21,14 @@ PART_BYTES = 15_000_000
 
 def shrink(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of `train_vae` or `train_dit` without first moments, tensors in float16."""
-    optimizer = checkpoint["optimizer"]
+    adamw, muon = checkpoint["optimizer"]["adamw"], checkpoint["optimizer"]["muon"]
     kept = {key: value for key, value in checkpoint.items() if key not in ("model", "ema", "optimizer")}
     return kept | {
         "ema": {name: value.half() for name, value in checkpoint["ema"].items()},
-        "groups": optimizer["param_groups"],
-        "roots": {index: state["exp_avg_sq"].sqrt().half() for index, state in optimizer["state"].items()},
-        "steps": {index: state["step"] for index, state in optimizer["state"].items()},
+        "muon_groups": muon["param_groups"],
+        "groups": adamw["param_groups"],
+        "roots": {index: state["exp_avg_sq"].sqrt().half() for index, state in adamw["state"].items()},
+        "steps": {index: state["step"] for index, state in adamw["state"].items()},
     }
 
 
@@ -40,7 +41,8 @@ def grow(small: dict[str, Any]) -> dict[str, Any]:
         index: {"step": steps[index], "exp_avg": torch.zeros_like(root.float()), "exp_avg_sq": root.float().square()}
         for index, root in roots.items()
     }
-    optimizer = {"state": state, "param_groups": groups}
+    muon = {"state": {}, "param_groups": small.pop("muon_groups")}
+    optimizer = {"muon": muon, "adamw": {"state": state, "param_groups": groups}}
     return small | {"model": average, "ema": {n: v.clone() for n, v in average.items()}, "optimizer": optimizer}
 
 

@@ -25,7 +25,7 @@ class Recipe:
     """
 
     size: int = 192
-    vae_dim: int = 24
+    vae_dim: int = 32
     dim: int = 256
     heads: int = 8
     layers: int = 6
@@ -39,9 +39,9 @@ class Recipe:
     refill_every: int = 8
     vae_pieces: int = 5
     vae_crop: int = 128
-    vae: Stage = field(default_factory=lambda: Stage(steps=6000, batch=10, rate=2e-3))
-    flow: Stage = field(default_factory=lambda: Stage(steps=4800, batch=64, rate=1.2e-3))
-    rollout: Stage = field(default_factory=lambda: Stage(steps=450, batch=64, rate=4e-4, save_every=150))
+    vae: Stage = field(default_factory=lambda: Stage(steps=12_000, batch=10, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=3000, batch=64, rate=1.2e-3))
+    rollout: Stage = field(default_factory=lambda: Stage(steps=300, batch=64, rate=4e-4, save_every=150))
 
     @property
     def vae_frames(self) -> int:

@@ -7,23 +7,17 @@ of the pieces before it, which costs no more than short clips and shows the netw
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from ...graphs.models.wan_vae import DecoderState, EncoderState, VaeConfig, WanVae
-from ..loop import (
-    Clock,
-    Curve,
-    Ema,
-    OutOfTime,
-    compile_on_gpu,
-    load_checkpoint,
-    save_checkpoint,
-    set_learning_rate,
-    warmup_cosine,
-)
+from ..capture import CapturedStep
+from ..loop import Clock, Curve, Ema, OutOfTime, load_checkpoint, save_checkpoint, warmup_cosine
+from ..muon import MuonAdamW, split_parameters
 from .clips import ClipSource
 from .recipe import Recipe
 
@@ -35,6 +29,14 @@ COLOUR_WINDOW, COLOUR_WEIGHT = 16, 2.0  # flat regions must keep their colour ov
 MOVING_WEIGHT = 4.0  # extra weight of pixels that differ from the clip's first frame: mouth, lids, head outline
 FIRST_WEIGHT = 5.0  # of the first frame, which has a latent frame of its own and no history
 LATENT_NOISE = 0.01  # share of the latent's spread: the decoder meets imperfect latents at generation
+STREAMS = 4  # batches of clips that are trained in turn
+
+
+class History(NamedTuple):
+    """What the pieces of a batch of clips so far left in the slots of both networks."""
+
+    encoder: list[Tensor]
+    decoder: list[Tensor]
 
 
 def edges(video: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +50,6 @@ def pieces(source: ClipSource, recipe: Recipe) -> Iterator[tuple[bool, Tensor]]:
         clip = source.crops(recipe.vae.batch, recipe.vae_frames, recipe.vae_crop)
         for index, piece in enumerate(clip.split([17] + [16] * (recipe.vae_pieces - 1), 2)):
             yield index == 0, piece
-
-
-def detach(state: EncoderState | DecoderState) -> None:
-    """Keep a stream's history and forget how it was computed."""
-    state.slots = [slot.detach() for slot in state.slots]
 
 
 def reconstruction_loss(decoded: Tensor, video: Tensor, opens: bool) -> Tensor:
@@ -78,12 +75,22 @@ def vae_config(recipe: Recipe) -> VaeConfig:
     return VaeConfig(
         dim=recipe.vae_dim,
         z_dim=LATENT_CHANNELS,
-        dim_mult=(1, 1, 2, 3),
+        dim_mult=(1, 1, 2, 2),
         num_res_blocks=1,
         temporal_downsample=(False, True, True),
         latent_mean=(0.0,) * LATENT_CHANNELS,
         latent_std=(1.0,) * LATENT_CHANNELS,
     )
+
+
+def channels_last(vae: WanVae) -> WanVae:
+    """The same VAE with the memory layout that its convolutions run fastest in."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return vae
 
 
 @torch.no_grad()
@@ -97,48 +104,89 @@ def with_statistics(vae: WanVae, video: Tensor) -> WanVae:
     return normalised.eval().requires_grad_(False)
 
 
+class VaeStep(nn.Module):
+    """Encode and decode one piece of a clip, and what is wrong with the result."""
+
+    def __init__(self, vae: WanVae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, history: History) -> tuple[Tensor, Tensor, Tensor, History]:
+        """Piece [B, 3, T, S, S] -> loss, KL divergence, PSNR, and the history after it, without its graph."""
+        opens = not history.encoder
+        before, after = EncoderState(list(history.encoder)), DecoderState(list(history.decoder))
+        mean, logvar = self.vae.stream_moments(video, before)
+        mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)
+        noise = (0.5 * logvar).exp() + LATENT_NOISE * mean.detach().std()
+        decoded = self.vae.decode_stream(mean + noise * torch.randn_like(mean), after, clamp=False)
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        loss = reconstruction_loss(decoded, video, opens) + KL_WEIGHT * divergence
+        detached = History(*([slot.detach() for slot in state.slots] for state in (before, after)))
+        return loss, divergence.detach(), psnr(decoded.detach(), video), detached
+
+
+class Trainer:
+    """One optimiser step a piece, in `dtype` on float32 weights; the two kinds of pieces are captured on a GPU."""
+
+    def __init__(self, vae: WanVae, optimizer: MuonAdamW, device: torch.device, dtype: torch.dtype):
+        self.round = VaeStep(vae)
+        self.optimizer = optimizer
+        self.dtype = dtype
+        self.encoder_slots = 0
+        self.opening, self.following = CapturedStep(self._step, device), CapturedStep(self._step, device)
+
+    def _step(self, video: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
+        history = History(list(slots[: self.encoder_slots]), list(slots[self.encoder_slots :]))
+        low = {name: p.to(self.dtype) for name, p in self.round.named_parameters()}
+        loss, divergence, quality, history = functional_call(self.round, low, (video, history))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.round.parameters(), 1.0)
+        self.optimizer.step()
+        self.encoder_slots = len(history.encoder)
+        return loss.detach(), divergence, quality, *history.encoder, *history.decoder
+
+    def __call__(self, video: Tensor, history: History | None) -> tuple[Tensor, Tensor, Tensor, History]:
+        """Train on a piece; `history` of the clip so far, None for its first piece. The history is a copy."""
+        if history is None:
+            self.encoder_slots = 0
+            loss, divergence, quality, *slots = self.opening(video)
+        else:
+            loss, divergence, quality, *slots = self.following(video, *history.encoder, *history.decoder)
+        slots = [slot.clone() for slot in slots]
+        return loss, divergence, quality, History(slots[: self.encoder_slots], slots[self.encoder_slots :])
+
+
 def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.device, clock: Clock) -> WanVae:
     """Train (or resume, or just load) the VAE; its configuration then holds measured latent statistics.
 
     Raises OutOfTime, with the checkpoint saved, when the clock expires.
     """
     stage, path = recipe.vae, out / "vae.pt"
-    vae = WanVae(vae_config(recipe)).to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    vae = channels_last(WanVae(vae_config(recipe)).to(device))
+    optimizer = MuonAdamW(*split_parameters(vae), betas=(0.9, 0.99), weight_decay=1e-4)
     ema = Ema(vae, 0.999)
     step = 0
     if saved := load_checkpoint(path, device):
         vae.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         ema.values, step = saved["ema"], saved["step"]
-    compile_on_gpu(vae.encoder, vae.decoder, device=device)
     curve = Curve(out / "vae.jsonl")
     vae.train()
-    stream = pieces(source, recipe)
-    before, after = EncoderState(), DecoderState()
+    trainer = Trainer(vae, optimizer, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # several clips in turn: neighbouring steps see different faces
+    streams = [pieces(source, recipe) for _ in range(STREAMS)]
+    histories: list[History | None] = [None] * STREAMS
     while step < stage.steps:
-        set_learning_rate(optimizer, warmup_cosine(step, stage.steps, stage.rate, stage.warmup))
-        opens, video = next(stream)
-        if opens:
-            before, after = EncoderState(), DecoderState()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, logvar = vae.stream_moments(video, before)
-            mean, logvar = mean.float(), logvar.float().clamp(-20.0, 10.0)
-            noise = (0.5 * logvar).exp() + LATENT_NOISE * mean.detach().std()
-            sampled = mean + noise * torch.randn_like(mean)
-            decoded = vae.decode_stream(sampled, after, clamp=False)
-        loss = reconstruction_loss(decoded, video, opens)
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        optimizer.zero_grad(set_to_none=True)
-        (loss + KL_WEIGHT * divergence).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        detach(before)
-        detach(after)
+        turn = step % STREAMS
+        optimizer.set_learning_rate(warmup_cosine(step, stage.steps, stage.rate, stage.warmup))
+        opens, video = next(streams[turn])
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+        loss, divergence, quality, histories[turn] = trainer(video, None if opens else histories[turn])
         ema.update(vae, step)
         step += 1
         if step % stage.report_every == 0:
-            curve.add(step, loss=loss.item(), kl=divergence.item(), psnr=psnr(decoded, video).item())
+            curve.add(step, loss=loss.item(), kl=divergence.item(), psnr=quality.item())
         if step % stage.save_every == 0 or step == stage.steps or clock.expired:
             save_checkpoint(
                 path,

@@ -1,0 +1,46 @@
+"""A training step as one CUDA graph: forward, backward and optimiser in one launch, without Python in between."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+class CapturedStep:
+    """Calls `step(*inputs)`; on a GPU records it at the first call and replays it afterwards.
+
+    `step` must take tensors of the same shapes every time, must not read values on the host, and may change parameters
+    and optimiser state in place. Its first call runs it `warmup` times for real (libraries choose their algorithms,
+    optimisers make their state) before recording. The returned tensors are overwritten by the next call: copy what you
+    keep. On a CPU it is a plain call.
+    """
+
+    def __init__(self, step: Step, device: torch.device, warmup: int = 3):
+        self.step, self.device, self.warmup = step, device, warmup
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.device.type != "cuda":
+            return self.step(*inputs)
+        if self.graph is None:
+            self._record(inputs)
+        assert self.graph is not None
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.graph.replay()
+        return self.outputs
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [value.clone() for value in inputs]  # keeps the memory format
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.warmup):
+                self.step(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.step(*self.inputs)
