@@ -1,5 +1,7 @@
 """Muon: what it does to a matrix, that it learns, and how the parameters of a model are shared out."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,7 +65,7 @@ def test_a_model_learns_and_resumes() -> None:
     assert train(model, optimizer, 200) < 0.3 * first
     again, resumed = model_and_optimizer()
     again.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     resumed.set_learning_rate(0.02)
     assert train(again, resumed, 5) == train(model, optimizer, 5)
 
