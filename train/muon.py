@@ -114,7 +114,7 @@ class MuonAdamW:
 
 
 def split_parameters(module: nn.Module, apart: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters (matrices, others): weights of linear layers and convolutions, but for modules in `apart`, and the rest."""
+    """Parameters as (weights of linear layers and convolutions outside of the modules in `apart`, all others)."""
     matrices: list[nn.Parameter] = []
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not name.startswith(apart or "\0"):

@@ -10,6 +10,7 @@ Source: wan.md, 2.1.
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +161,8 @@ class WanVae(nn.Module):
     # Normalisation of the latents
 
     def latent_scale(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and inverse standard deviation [z, 1, 1, 1] as used, in `precision.scale`."""
-        mean = torch.tensor(self.config.latent_mean, device=device)
-        inverse = 1.0 / torch.tensor(self.config.latent_std, device=device).to(self.precision.std)
-        shape = (-1, 1, 1, 1)
-        return mean.to(self.precision.scale).view(shape), inverse.to(self.precision.scale).view(shape)
+        """Mean and inverse standard deviation [z, 1, 1, 1] as used, in `precision.scale`; made once a device."""
+        return _latent_scale(self.config, self.precision, device)
 
     def normalise(self, mean: Tensor) -> Tensor:
         """Moments' mean [B, z, F, h, w] -> latents: (mean - MU) * (1 / SIGMA)."""
@@ -327,6 +325,15 @@ class WanVae(nn.Module):
                     f"this stream's state holds a batch of {slot.shape[0]} with {slot.shape[3]}x{slot.shape[4]}, "
                     f"the chunk has {clip.shape[0]} with {clip.shape[3]}x{clip.shape[4]}; start a new state"
                 )
+
+
+@lru_cache(maxsize=64)
+def _latent_scale(config: VaeConfig, precision: VaePrecision, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # kept for ever, so usable in training too
+        mean = torch.tensor(config.latent_mean, device=device)
+        inverse = 1.0 / torch.tensor(config.latent_std, device=device).to(precision.std)
+        shape = (-1, 1, 1, 1)
+        return mean.to(precision.scale).view(shape), inverse.to(precision.scale).view(shape)
 
 
 def _check_clip(what: str, clip: Tensor, channels: int) -> None:

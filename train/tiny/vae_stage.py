@@ -4,7 +4,7 @@ The VAE looks far back, so a stream settles only after many frames: clips are tr
 of the pieces before it, which costs no more than short clips and shows the network the frames of an endless video.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -132,11 +132,11 @@ class Trainer:
         self.round = VaeStep(vae)
         self.optimizer = optimizer
         self.dtype = dtype
-        self.encoder_slots = 0
+        self.encoder_slots = 0  # known after the first piece
         self.opening, self.following = CapturedStep(self._step, device), CapturedStep(self._step, device)
 
     def _step(self, video: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
-        history = History(list(slots[: self.encoder_slots]), list(slots[self.encoder_slots :]))
+        history = self._split(slots)
         low = {name: p.to(self.dtype) for name, p in self.round.named_parameters()}
         loss, divergence, quality, history = functional_call(self.round, low, (video, history))
         self.optimizer.zero_grad()
@@ -149,12 +149,14 @@ class Trainer:
     def __call__(self, video: Tensor, history: History | None) -> tuple[Tensor, Tensor, Tensor, History]:
         """Train on a piece; `history` of the clip so far, None for its first piece. The history is a copy."""
         if history is None:
-            self.encoder_slots = 0
             loss, divergence, quality, *slots = self.opening(video)
         else:
             loss, divergence, quality, *slots = self.following(video, *history.encoder, *history.decoder)
-        slots = [slot.clone() for slot in slots]
-        return loss, divergence, quality, History(slots[: self.encoder_slots], slots[self.encoder_slots :])
+        return loss, divergence, quality, self._split([slot.clone() for slot in slots])
+
+    def _split(self, slots: Sequence[Tensor]) -> History:
+        """Flat slots, none before a clip's first piece, as a history."""
+        return History(list(slots[: self.encoder_slots]), list(slots[self.encoder_slots :]))
 
 
 def train_vae(source: ClipSource, recipe: Recipe, out: Path, device: torch.device, clock: Clock) -> WanVae:
