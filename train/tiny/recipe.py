@@ -39,9 +39,9 @@ class Recipe:
     refill_every: int = 8
     vae_pieces: int = 5
     vae_crop: int = 128
-    vae: Stage = field(default_factory=lambda: Stage(steps=12_000, batch=10, rate=2e-3))
-    flow: Stage = field(default_factory=lambda: Stage(steps=3000, batch=64, rate=1.2e-3))
-    rollout: Stage = field(default_factory=lambda: Stage(steps=300, batch=64, rate=4e-4, save_every=150))
+    vae: Stage = field(default_factory=lambda: Stage(steps=9000, batch=10, rate=2e-3))
+    flow: Stage = field(default_factory=lambda: Stage(steps=2400, batch=64, rate=1.2e-3))
+    rollout: Stage = field(default_factory=lambda: Stage(steps=240, batch=64, rate=4e-4, save_every=120))
 
     @property
     def vae_frames(self) -> int:
