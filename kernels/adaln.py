@@ -119,9 +119,9 @@ def _adaln_fp8(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps
         x8, descale = reference_fp8(x, shift, scale, rows, eps)
         return x8.contiguous(), descale
     norm = Norm(shift, scale, False, eps, x.dtype, torch.bfloat16, True)
-    _, x8, descale = forward(x, None, None, rows, norm, x.dtype)
-    assert descale is not None
-    return x8, descale
+    _, out, scales = forward(x, None, None, rows, norm, x.dtype)
+    assert scales is not None
+    return out, scales
 
 
 @_adaln_fp8.register_fake

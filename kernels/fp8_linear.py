@@ -41,7 +41,7 @@ def _case(name: str, tokens: int, k: int, n: int, granularity: Granularity, smal
         weight = randn(n, k, device=device, generator=generator, scale=k**-0.5)
         weight8, descale = quantize_fp8(weight, granularity)
         bias = randn(n, device=device, generator=generator, dtype=torch.bfloat16)
-        return dict(x=x, weight8=weight8, weight_descale=descale, bias=bias, granularity=granularity)
+        return {"x": x, "weight8": weight8, "weight_descale": descale, "bias": bias, "granularity": granularity}
 
     flops, cost = 2 * tokens * n * k, 2 * tokens * (k + n) + n * k
     return Case(name, inputs, 0 if small else flops, 0 if small else cost, small)

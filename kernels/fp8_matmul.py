@@ -118,7 +118,8 @@ def _case(name: str, m: int, k: int, n: int, small: bool = False) -> Case:
         weight = randn(n, k, device=device, generator=generator, scale=k**-0.5)
         weight8, weight_descale = quantize_fp8(weight, "row")
         bias = randn(n, device=device, generator=generator, dtype=torch.bfloat16)
-        return dict(x8=x8, descale=descale, weight8=weight8, weight_descale=weight_descale, bias=bias)
+        weights = {"weight8": weight8, "weight_descale": weight_descale, "bias": bias}
+        return {"x8": x8, "descale": descale} | weights
 
     cost = m * k + n * k + 2 * m * n + 4 * m + 6 * n
     return Case(name, inputs, flops=0 if small else 2 * m * n * k, bytes=0 if small else cost, small=small)

@@ -44,10 +44,7 @@ def _sum(
     index = tl.program_id(0).to(tl.int64)
     batch = index // length
     token = index % length
-    if rows is not None:
-        row = tl.load(rows + token).to(tl.int64)
-    else:
-        row = token // tokens_per_row
+    row = token // tokens_per_row if rows is None else tl.load(rows + token).to(tl.int64)
     x += batch * x_batch + token * x_token
     y += batch * y_batch + token * y_token
     gate += batch * gate_batch + row * gate_row

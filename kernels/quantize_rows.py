@@ -43,13 +43,13 @@ def _quantize(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = ()
+    values = tl.tuple(())
     for i in tl.static_range(PIECES):
         v = stream_piece(x + row * x_row, i, DIM, BLOCK)
         if GELU:
             # 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)),  u = sqrt(2 / pi) (v + 0.044715 v^3)
             v = rounded(v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v))), DTYPE)
-        values = values + (v,)
+        values += (v,)
     store_fp8(x8 + row * DIM, descale + row, values, DIM, PIECES, BLOCK)
 
 

@@ -6,8 +6,8 @@
 
 `residual_norm` returns (stream, h); `residual_norm_fp8` returns (stream, h8, descale): h rounded to bfloat16, then e4m3
 [B, L, D] with float32 [B, L, 1], as `quantize_rows` does it.
-Shapes: x, y [B, L, D]; gate, shift, scale [B or 1, R or 1, D], strided views welcome; weight, bias [D]; `rows` [L] as in
-`adaln`. Give shift and scale, or weight and bias.
+Shapes: x, y [B, L, D]; gate, shift, scale [B or 1, R or 1, D], strided views welcome; weight, bias [D]; `rows` [L] as
+in `adaln`. Give shift and scale, or weight and bias.
 Dtypes: sums and products follow torch's promotion as in `gated_residual` and `adaln`; `stream_dtype` defaults to the
 promoted dtype of u, `norm_dtype` to stream_dtype, `out_dtype` to the promoted dtype of h. The seams of LiveAvatar in
 bf16 (liveavatar.md, 2.5, 2.8), gates and tables float32:
@@ -140,8 +140,18 @@ def _residual_norm(
         stream, h, _ = forward(x, y, gate, rows, norm, stream_dtype)
         assert stream is not None
         return stream, h
-    norm_tensors = (None, None, scale, shift) if affine else (shift, scale, None, None)
-    stream, h = reference(x, y, gate, *norm_tensors, rows, eps, stream_dtype, norm_dtype, out_dtype)
+    pair = {"weight": scale, "bias": shift} if affine else {"scale": scale, "shift": shift}
+    stream, h = reference(
+        x,
+        y,
+        gate,
+        rows=rows,
+        eps=eps,
+        stream_dtype=stream_dtype,
+        norm_dtype=norm_dtype,
+        out_dtype=out_dtype,
+        **pair,
+    )
     return stream.contiguous(), h.contiguous()
 
 
@@ -163,8 +173,10 @@ def _residual_norm_fp8(
         stream, h8, descale = forward(x, y, gate, rows, norm, stream_dtype)
         assert stream is not None and descale is not None
         return stream, h8, descale
-    norm_tensors = (None, None, scale, shift) if affine else (shift, scale, None, None)
-    stream, h8, descale = reference_fp8(x, y, gate, *norm_tensors, rows, eps, stream_dtype, norm_dtype)
+    pair = {"weight": scale, "bias": shift} if affine else {"scale": scale, "shift": shift}
+    stream, h8, descale = reference_fp8(
+        x, y, gate, rows=rows, eps=eps, stream_dtype=stream_dtype, norm_dtype=norm_dtype, **pair
+    )
     return stream.contiguous(), h8.contiguous(), descale.contiguous()
 
 

@@ -68,10 +68,7 @@ def _forward(
     index = tl.program_id(0).to(tl.int64)
     batch = index // length
     token = index % length
-    if rows is not None:
-        row = tl.load(rows + token).to(tl.int64)
-    else:
-        row = token // tokens_per_row
+    row = token // tokens_per_row if rows is None else tl.load(rows + token).to(tl.int64)
     x += batch * x_batch + token * x_token
     shift += batch * shift_batch + row * shift_row
     scale += batch * scale_batch + row * scale_row
@@ -83,7 +80,7 @@ def _forward(
     if stream is not None:
         stream += index * DIM
 
-    values = ()
+    values = tl.tuple(())
     for i in tl.static_range(PIECES):
         u = stream_piece(x, i, DIM, BLOCK)
         if y is not None:
@@ -93,10 +90,10 @@ def _forward(
             u = rounded(rounded(u + branch, SUM), STREAM)
         if stream is not None:
             store_piece(stream, u, i, DIM, BLOCK)
-        values = values + (rounded(u, NORM),)
+        values += (rounded(u, NORM),)
 
     normed, _ = normalize(values, eps, DIM, PIECES, BLOCK)
-    result = ()
+    result = tl.tuple(())
     for i in tl.static_range(PIECES):
         if AFFINE:
             h = normed[i] * load_piece(scale, i, DIM, BLOCK) + load_piece(shift, i, DIM, BLOCK)
@@ -107,7 +104,7 @@ def _forward(
         if descale is None:
             store_piece(out, h, i, DIM, BLOCK)
         else:
-            result = result + (h,)
+            result += (h,)
     if descale is not None:
         store_fp8(out, descale + index, result, DIM, PIECES, BLOCK)
 

@@ -73,27 +73,27 @@ def _backward(
     scale += batch * scale_batch + row * scale_row
     if gate is not None:
         gate += batch * gate_batch + row * gate_row
-    sum_gate = ()
-    sum_shift = ()
-    sum_scale = ()
+    sum_gate = tl.tuple(())
+    sum_shift = tl.tuple(())
+    sum_scale = tl.tuple(())
     for _ in tl.static_range(PIECES):
-        sum_gate = sum_gate + (tl.zeros([BLOCK], tl.float32),)
-        sum_shift = sum_shift + (tl.zeros([BLOCK], tl.float32),)
-        sum_scale = sum_scale + (tl.zeros([BLOCK], tl.float32),)
+        sum_gate += (tl.zeros([BLOCK], tl.float32),)
+        sum_shift += (tl.zeros([BLOCK], tl.float32),)
+        sum_scale += (tl.zeros([BLOCK], tl.float32),)
 
     for position in range(first, last):
         token = position
         if order is not None:
             token = tl.load(order + position)
         at = (batch * length + token) * DIM
-        values = ()
+        values = tl.tuple(())
         for i in tl.static_range(PIECES):
-            values = values + (rounded(stream_piece(stream + at, i, DIM, BLOCK), NORM),)
+            values += (rounded(stream_piece(stream + at, i, DIM, BLOCK), NORM),)
         normed, rstd = normalize(values, eps, DIM, PIECES, BLOCK)
 
-        d_normed = ()
-        next_shift = ()
-        next_scale = ()
+        d_normed = tl.tuple(())
+        next_shift = tl.tuple(())
+        next_scale = tl.tuple(())
         total = tl.zeros([BLOCK], tl.float32)
         along = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(PIECES):
@@ -106,15 +106,15 @@ def _backward(
             dn = dh * factor
             total += dn
             along += dn * normed[i]
-            d_normed = d_normed + (dn,)
-            next_shift = next_shift + (sum_shift[i] + dh,)
-            next_scale = next_scale + (sum_scale[i] + dh * n,)
+            d_normed += (dn,)
+            next_shift += (sum_shift[i] + dh,)
+            next_scale += (sum_scale[i] + dh * n,)
         sum_shift = next_shift
         sum_scale = next_scale
         mean = tl.sum(total, 0) / DIM
         slope = tl.sum(along, 0) / DIM
 
-        next_gate = ()
+        next_gate = tl.tuple(())
         for i in tl.static_range(PIECES):
             ds = rstd * (d_normed[i] - mean - normed[i] * slope)
             if d_stream is not None:
@@ -123,7 +123,7 @@ def _backward(
             if y is not None:
                 if gate is not None:
                     branch = stream_piece(y + batch * y_batch + token * y_token, i, DIM, BLOCK)
-                    next_gate = next_gate + (sum_gate[i] + ds * branch,)
+                    next_gate += (sum_gate[i] + ds * branch,)
                     ds *= load_piece(gate, i, DIM, BLOCK)
                 store_piece(dy + at, ds, i, DIM, BLOCK)
         if gate is not None:

@@ -1,4 +1,4 @@
-"""What the row-wise Triton kernels share: one program holds one row [D] in registers, cut into pieces of a power of two.
+"""What the row-wise Triton kernels share: a program holds a row [D] in registers, cut into pieces of a power of two.
 
 D of these models is no power of two (5120 = 5 x 1024); a masked block of 8192 would idle three lanes in eight. A row is
 therefore a tuple of PIECES blocks, of which only the last can have a tail, filled with zeros.
@@ -102,16 +102,16 @@ def normalize(values, eps, DIM: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.co
     for i in tl.static_range(1, PIECES):
         total += values[i]
     mean = tl.sum(total, 0) / DIM
-    centered = ()
+    centered = tl.tuple(())
     square = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(PIECES):
         part = centered_piece(values[i], mean, i, DIM, BLOCK)
         square += part * part
-        centered = centered + (part,)
+        centered += (part,)
     rstd = 1.0 / tl.sqrt(tl.sum(square, 0) / DIM + eps)
-    normed = ()
+    normed = tl.tuple(())
     for i in tl.static_range(PIECES):
-        normed = normed + (centered[i] * rstd,)
+        normed += (centered[i] * rstd,)
     return normed, rstd
 
 
