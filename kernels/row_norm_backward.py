@@ -242,7 +242,7 @@ def plain(
     dn = dh * (scale.float() if affine else of_tokens(1 + scale))
     ds = rstd * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
     ds = ds if d_stream is None else ds + d_stream.float()
-    dy = None if y is None else (ds if gate is None else ds * of_tokens(gate)).to(y.dtype)
+    dy = None if y is None else (ds if gate is None else ds * of_tokens(gate)).to(y.dtype, copy=True)
     d_gate = None if gate is None or y is None else of_rows(ds * y.float())
     seen = n if affine else layer_norm(stream.to(norm_dtype), eps=eps).float()
     return ds.to(x_dtype), dy, d_gate, of_rows(dh), of_rows(dh * seen)
