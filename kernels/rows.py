@@ -126,7 +126,8 @@ def store_fp8(row, descale, values, DIM: tl.constexpr, PIECES: tl.constexpr, BLO
         highest = tl.maximum(highest, values[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     amax = tl.max(highest, 0).to(tl.float32, bitcast=True)
     amax = tl.maximum(amax, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(tl.full([], 448.0, tl.float32), amax)
+    one = tl.full([], 1.0, tl.float32)
+    scale = tl.div_rn(one, amax) * 448.0  # two roundings, as PyTorch divides a number by a tensor
     for i in tl.static_range(PIECES):
         store_piece(row, values[i] * scale, i, DIM, BLOCK)
-    tl.store(descale, tl.div_rn(tl.full([], 1.0, tl.float32), scale))
+    tl.store(descale, tl.div_rn(one, scale))
