@@ -25,7 +25,7 @@ HALF = torch.bfloat16
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Memory that a kernel fails to write stays NaN."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 

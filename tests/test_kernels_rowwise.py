@@ -16,7 +16,7 @@ SMALL = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for c
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Memory that a kernel fails to write stays NaN."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
