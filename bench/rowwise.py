@@ -2,8 +2,7 @@
 
 Every op first computes each of its real cases beside its reference, from fresh inputs, into memory poisoned with NaN;
 gradients likewise. Then a CUDA graph calls it on several sets of inputs in turn, so that the L2 cache does not hold
-them, and the median replay is the time. `floor` is the time that a device copy of the same bytes, or the FP8 product's
-best rate of this run, would take.
+them, and the median replay is the time. `floor` is the time of a device copy of the same bytes in the same run.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels import adaln, audio_residual, fp8_linear, fp8_matmul, gated_residual, quantize_rows, residual_norm
 from ..kernels.cases import Case, Op
 from ..kernels.row_norm import Norm, forward
+from ..kernels.row_norm_backward import backward_tile
 from ..kernels.row_norm_backward import launch as backward
 from ..kernels.rows import Tile, tile
 
@@ -99,7 +100,8 @@ def check(op: Op, case: Case, generator: torch.Generator) -> float:
     results = as_tuple(op.run(**inputs))
     torch.use_deterministic_algorithms(False)
     expected = as_tuple(op.reference(**inputs))
-    worst = max(error(r, e) for r, e in zip(values(results), values(expected), strict=True))
+    errors = [error(r, e) for r, e in zip(values(results), values(expected), strict=True)]
+    worst = torch.tensor(errors).max().item()  # NaN wins
     if op in GRADIENTS:
         weights = [torch.randn_like(e, dtype=torch.float32) for e in expected]
         exact = gradients(op.reference, inputs, weights)
@@ -124,30 +126,25 @@ def rows_table(rate: float) -> int:
     """Check and time every case; the number of failures."""
     generator = torch.Generator().manual_seed(0)
     failures = 0
-    print(
-        f"{'op':20s} {'case':30s} {'error':>8s} {'us':>8s} {'floor':>8s} {'TB/s':>6s} {'TFLOP/s':>8s} {'eager us':>9s}"
-    )
-    for op in OPS:
-        for case in op.cases():
-            if case.small:
-                continue
-            worst = check(op, case, generator)
-            good = worst <= case.tolerance
-            failures += not good
-            sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]
-            time = microseconds([lambda inputs=inputs: op.run(**inputs) for inputs in sets])  # type: ignore[misc]
-            heavy = op in (fp8_matmul.OP, fp8_linear.OP)
-            plain = 0.0
-            if not heavy:
-                plain = microseconds([lambda inputs=inputs: op.reference(**inputs) for inputs in sets])  # type: ignore[misc]
-            print(
-                f"{op.name:20s} {case.name:30s} {worst:8.1e} {time:8.1f} {case.bytes / rate:8.1f} "
-                f"{case.bytes / time / 1e6:6.2f} {case.flops / time / 1e6 if heavy else 0:8.0f} {plain:9.1f}"
-                f"{'' if good else '  FAILED'}",
-                flush=True,
-            )
-            del sets
-            torch.cuda.empty_cache()
+    numbers = f"{'error':>8s} {'us':>8s} {'floor':>8s} {'TB/s':>6s} {'TFLOP/s':>8s} {'eager us':>9s}"
+    print(f"{'op':20s} {'case':30s} {numbers}")
+    big = [(op, case) for op in OPS for case in op.cases() if not case.small]
+    for op, case in big:
+        worst = check(op, case, generator)
+        good = worst <= case.tolerance
+        failures += not good
+        heavy = op in (fp8_matmul.OP, fp8_linear.OP)
+        sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]
+        time = microseconds([partial(op.run, **inputs) for inputs in sets])
+        plain = 0.0 if heavy else microseconds([partial(op.reference, **inputs) for inputs in sets], 5)
+        print(
+            f"{op.name:20s} {case.name:30s} {worst:8.1e} {time:8.1f} {case.bytes / rate:8.1f} "
+            f"{case.bytes / time / 1e6:6.2f} {case.flops / time / 1e6 if heavy else 0:8.0f} {plain:9.1f}"
+            f"{'' if good else '  FAILED'}",
+            flush=True,
+        )
+        del sets
+        torch.cuda.empty_cache()
     return failures
 
 
@@ -169,58 +166,44 @@ def draw_norm(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -
     }
 
 
+def norm_call(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -> Callable[..., Any]:
+    return partial(forward, **draw_norm(affine, stream, norm, fp8))
+
+
+def gelu_call() -> Callable[..., Any]:
+    return partial(quantize_rows.launch, torch.randn(3168, 13824, device=DEVICE, dtype=torch.bfloat16), True)
+
+
+def backward_call() -> Callable[..., Any]:
+    half = torch.bfloat16
+    given = draw_norm(False, half, half, False)
+    norm, stream, d_out = given["norm"], given["x"].to(half), torch.randn_like(given["y"])
+    tables = given["gate"], norm.shift, norm.scale
+    return partial(backward, stream, given["y"], *tables, None, 1e-6, False, half, stream, d_out, torch.float32)
+
+
 def sweep() -> None:
     """Time of the row kernels at other shapes of program: block x warps."""
     half, full = torch.bfloat16, torch.float32
-    norms: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        ("after self attention", lambda: draw_norm(True, full, half, False)),
-        ("after self attention, e4m3", lambda: draw_norm(True, full, half, True)),
-        ("after the feed-forward", lambda: draw_norm(False, half, half, False)),
-        ("after the feed-forward, e4m3", lambda: draw_norm(False, half, half, True)),
-    ]
-    subjects: list[tuple[str, int, Callable[[], Callable[[Tile], Any]]]] = []
-
-    def of_norm(make: Callable[[], dict[str, Any]]) -> Callable[[Tile], Any]:
-        given = make()
-        return lambda tiling: forward(**given, tiling=tiling)
-
-    def of_gelu() -> Callable[[Tile], Any]:
-        x = torch.randn(3168, 13824, device=DEVICE, dtype=half)
-        return lambda tiling: quantize_rows.launch(x, True, tiling)
-
-    def of_backward() -> Callable[[Tile], Any]:
-        given = draw_norm(False, half, half, False)
-        stream, d_out, norm = given["x"].to(half), torch.randn_like(given["y"]), given["norm"]
-        fixed = (
-            stream,
-            given["y"],
-            given["gate"],
-            norm.shift,
-            norm.scale,
-            None,
-            1e-6,
-            False,
-            half,
-            stream,
-            d_out,
-            full,
-        )
-        return lambda tiling: backward(*fixed, tiling=tiling)
-
-    subjects += [(name, 5120, lambda make=make: of_norm(make)) for name, make in norms]  # type: ignore[misc]
-    subjects += [("GELU, e4m3", 13824, of_gelu), ("backward after the feed-forward", 5120, of_backward)]
-    for name, dim, build in subjects:
-        times = {}
+    norm = tile(5120)
+    subjects: dict[str, tuple[Tile, Callable[[], Callable[..., Any]]]] = {
+        "after self attention": (norm, partial(norm_call, True, full, half, False)),
+        "after self attention, e4m3": (norm, partial(norm_call, True, full, half, True)),
+        "after the feed-forward": (norm, partial(norm_call, False, half, half, False)),
+        "after the feed-forward, e4m3": (norm, partial(norm_call, False, half, half, True)),
+        "GELU, e4m3": (tile(13824), gelu_call),
+        "backward after the feed-forward": (backward_tile(5120), backward_call),
+    }
+    for name, (default, build) in subjects.items():
         runs = [build() for _ in range(SETS)]
-        for block, warps in itertools.product((512, 1024, 2048), (2, 4, 8, 16)):
-            if not 16 <= dim / (32 * warps) <= 128:
-                continue
-            tiling = Tile(block, warps)
-            times[tiling] = microseconds([lambda run=run: run(tiling) for run in runs], 20)  # type: ignore[misc]
-        ranking = sorted(times, key=lambda t: times[t])[:4]
-        shown = ", ".join(f"{t.block}x{t.num_warps}: {times[t]:.1f}" for t in ranking)
-        default = times.get(tile(dim), float("nan"))
-        print(f"{name:32s} default {tile(dim).block}x{tile(dim).num_warps}: {default:.1f} us; best {shown}", flush=True)
+        times = {}
+        for tiling in itertools.starmap(Tile, itertools.product((512, 1024, 2048), (2, 4, 8, 16))):
+            if default.num_warps / 2 <= tiling.num_warps <= default.num_warps * 4:
+                times[tiling] = microseconds([partial(run, tiling=tiling) for run in runs], 20)
+        best = ", ".join(f"{t.block}x{t.num_warps} {times[t]:.1f}" for t in sorted(times, key=lambda t: times[t])[:4])
+        print(
+            f"{name:32s} default {default.block}x{default.num_warps} {times[default]:.1f} us; best {best}", flush=True
+        )
         del runs
         torch.cuda.empty_cache()
 

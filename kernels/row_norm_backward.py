@@ -137,6 +137,12 @@ def _backward(
             store_piece(d_gate + partial, sum_gate[i], i, DIM, BLOCK)
 
 
+def backward_tile(dim: int) -> Tile:
+    """Twice the warps of the forward pass: three sums live beside the row."""
+    forward = tile(dim)
+    return Tile(forward.block, min(2 * forward.num_warps, 16))
+
+
 def _tokens_by_row(rows: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
     """Tokens sorted by modulation row, and where each row starts among them; nothing when `rows` is None."""
     if rows is None:
@@ -163,8 +169,7 @@ def launch(
     batch, length, dim = stream.shape
     tables = [table for table in (gate, shift, scale) if table is not None and table.dim() == 3]
     count = max((table.shape[1] for table in tables), default=1)
-    narrow = tile(dim)
-    tiling = tiling or Tile(narrow.block, min(2 * narrow.num_warps, 16))
+    tiling = tiling or backward_tile(dim)
     splits = max(1, min(triton.cdiv(PROGRAMS, batch * count), triton.cdiv(length, 8 * count)))
     order, starts = _tokens_by_row(rows, count)
     stream, d_out, scale = stream.contiguous(), d_out.contiguous(), row_major(scale)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kinora.kernels import adaln, fp8_linear, fp8_matmul, ops, quantize_rows, residual_norm
 from kinora.kernels.cases import Case, Op
 from kinora.kernels.dispatch import using
+from kinora.kernels.fp8_gemm import GemmTile, fp8_gemm
 from torch import Tensor
 
 OPS = (
@@ -155,3 +156,14 @@ def test_errors(kernel_device: torch.device) -> None:
         ops.fp8_matmul(x8, descale[:1], weight8, weight_descale)
     with pytest.raises(TypeError, match="float64 is not supported"):
         ops.quantize_rows(torch.zeros(2, 32, dtype=torch.float64, device=kernel_device))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(15, 48, 64), (40, 80, 208), (1, 16, 32)])
+def test_persistent_product(m: int, n: int, k: int, kernel_device: torch.device) -> None:
+    x8, descale = ops.quantize_rows(torch.randn(m, k, device=kernel_device))
+    weight8, weight_descale = ops.quantize_fp8(torch.randn(n, k, device=kernel_device), "row")
+    bias = torch.randn(n, device=kernel_device).to(HALF)
+    for b in (bias, None):
+        y = fp8_gemm(x8, descale, weight8, weight_descale, b, GemmTile(64, 32, 64, 4, 3, 2))
+        expected = fp8_matmul.reference(x8, descale, weight8, weight_descale, b)
+        assert (y.float() - expected.float()).norm() < 4e-3 * expected.float().norm()
