@@ -23,6 +23,7 @@ from ..kernels.row_norm import Norm, forward
 from ..kernels.row_norm_backward import backward_tile
 from ..kernels.row_norm_backward import launch as backward
 from ..kernels.rows import Tile, tile
+from .fp8_gemm import products_table, small_m
 
 OPS = (
     adaln.OP,
@@ -82,6 +83,12 @@ def values(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results
 
 
+def in_float32(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same call with every tensor, and every dtype that it names, in float32: half-precision autograd sums badly."""
+    wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {name: torch.float32 if isinstance(value, torch.dtype) else value for name, value in wide.items()}
+
+
 def gradients(run: Callable[..., Any], inputs: dict[str, Any], weights: list[Tensor]) -> dict[str, Tensor]:
     leaves = {
         name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -104,7 +111,7 @@ def check(op: Op, case: Case, generator: torch.Generator) -> float:
     worst = torch.tensor(errors).max().item()  # NaN wins
     if op in GRADIENTS:
         weights = [torch.randn_like(e, dtype=torch.float32) for e in expected]
-        exact = gradients(op.reference, inputs, weights)
+        exact = gradients(op.reference, in_float32(inputs), weights)
         torch.use_deterministic_algorithms(True, warn_only=True)
         grads = gradients(op.run, inputs, weights)
         torch.use_deterministic_algorithms(False)
@@ -220,8 +227,10 @@ def main() -> int:
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e6:.2f} TB/s")
     failures = rows_table(rate)
+    small_m()
     if not arguments.no_sweep:
         sweep()
+        failures += products_table(microseconds)
     print(f"{failures} failures")
     return 1 if failures else 0
 
