@@ -6,7 +6,7 @@ from kinora.checkpoints_tools.lora import merge_lora
 from kinora.graphs.models.layers import Linear
 from kinora.graphs.quantize import Fp8Linear, quantize_linears
 from kinora.kernels import ops
-from kinora.kernels.fp8_linear import FP8_MAX
+from kinora.kernels.quantize_rows import FP8_MAX
 from kinora.train.flow_matching import flow_matching_loss, noise_level, share_within_blocks, training_schedule
 from kinora.train.lora import add_lora, lora_state_dict
 from torch import Tensor, nn

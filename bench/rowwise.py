@@ -1,0 +1,243 @@
+"""Check and time the row-wise kernels and the FP8 products on a GPU: `python -m kinora.bench.rowwise [--no-sweep]`.
+
+Every op first computes each of its real cases beside its reference, from fresh inputs, into memory poisoned with NaN;
+gradients likewise. Then a CUDA graph calls it on several sets of inputs in turn, so that the L2 cache does not hold
+them, and the median replay is the time. `floor` is the time of a device copy of the same bytes in the same run.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels import adaln, audio_residual, fp8_linear, fp8_matmul, gated_residual, quantize_rows, residual_norm
+from ..kernels.cases import Case, Op
+from ..kernels.row_norm import Norm, forward
+from ..kernels.row_norm_backward import backward_tile
+from ..kernels.row_norm_backward import launch as backward
+from ..kernels.rows import Tile, tile
+from .fp8_gemm import products_table, small_m
+
+OPS = (
+    adaln.OP,
+    adaln.FP8_OP,
+    residual_norm.OP,
+    residual_norm.FP8_OP,
+    gated_residual.OP,
+    audio_residual.OP,
+    quantize_rows.OP,
+    quantize_rows.GELU_OP,
+    fp8_matmul.OP,
+    fp8_linear.OP,
+)
+GRADIENTS = (adaln.OP, residual_norm.OP)
+GRADIENT_TOLERANCE = 2e-2
+SETS = 4  # of inputs: four times the smallest case outgrow the L2 cache
+DEVICE = torch.device("cuda")
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float:
+    """Median time of one call, from replays of a CUDA graph that makes all of them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for i in range(replays + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(stop) * 1000)
+    return statistics.median(times) / len(calls)
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Relative L2 error; NaN when anything was left unwritten."""
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def values(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """FP8 results joined with the descale that follows them."""
+    if len(results) > 1 and results[-2].dtype == torch.float8_e4m3fn:
+        return *results[:-2], results[-2].float() * results[-1]
+    return results
+
+
+def in_float32(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same call in float32, dtype arguments included: autograd in half precision sums too coarsely to compare."""
+    wide = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.float()
+        wide[name] = torch.float32 if isinstance(value, torch.dtype) else value
+    return wide
+
+
+def gradients(run: Callable[..., Any], inputs: dict[str, Any], weights: list[Tensor]) -> dict[str, Tensor]:
+    leaves = {
+        name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    results = as_tuple(run(**leaves))
+    total = torch.stack([(r.float() * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
+    wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
+
+
+def check(op: Op, case: Case, generator: torch.Generator) -> float:
+    """Largest error of all results, and of all gradients where the op has a backward kernel."""
+    inputs = dict(case.inputs(DEVICE, generator))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    results = as_tuple(op.run(**inputs))
+    torch.use_deterministic_algorithms(False)
+    expected = as_tuple(op.reference(**inputs))
+    errors = [error(r, e) for r, e in zip(values(results), values(expected), strict=True)]
+    worst = torch.tensor(errors).max().item()  # NaN wins
+    if op in GRADIENTS:
+        weights = [torch.randn_like(e, dtype=torch.float32) for e in expected]
+        exact = gradients(op.reference, in_float32(inputs), weights)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        grads = gradients(op.run, inputs, weights)
+        torch.use_deterministic_algorithms(False)
+        off = {name: error(grad, exact[name]) for name, grad in grads.items()}
+        if not all(value < GRADIENT_TOLERANCE for value in off.values()):
+            print(f"FAILED gradients of {op.name}, {case.name}: {off}")
+            return float("nan")
+    return worst
+
+
+def copy_rate() -> float:
+    """Bytes a microsecond, read plus written, of a large device copy."""
+    source, target = torch.empty(2, 2**29, dtype=torch.uint8, device=DEVICE)
+    source.random_(0, 255)
+    return 2 * source.numel() / microseconds([lambda: target.copy_(source)] * 4)
+
+
+def rows_table(rate: float) -> int:
+    """Check and time every case; the number of failures."""
+    generator = torch.Generator().manual_seed(0)
+    failures = 0
+    numbers = f"{'error':>8s} {'us':>8s} {'floor':>8s} {'TB/s':>6s} {'TFLOP/s':>8s} {'eager us':>9s}"
+    print(f"{'op':20s} {'case':30s} {numbers}")
+    big = [(op, case) for op in OPS for case in op.cases() if not case.small]
+    for op, case in big:
+        worst = check(op, case, generator)
+        good = worst <= case.tolerance
+        failures += not good
+        heavy = op in (fp8_matmul.OP, fp8_linear.OP)
+        sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]
+        time = microseconds([partial(op.run, **inputs) for inputs in sets])
+        plain = 0.0 if heavy else microseconds([partial(op.reference, **inputs) for inputs in sets], 5)
+        print(
+            f"{op.name:20s} {case.name:30s} {worst:8.1e} {time:8.1f} {case.bytes / rate:8.1f} "
+            f"{case.bytes / time / 1e6:6.2f} {case.flops / time / 1e6 if heavy else 0:8.0f} {plain:9.1f}"
+            f"{'' if good else '  FAILED'}",
+            flush=True,
+        )
+        del sets
+        torch.cuda.empty_cache()
+    return failures
+
+
+def draw_norm(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -> dict[str, Any]:
+    half, full = torch.bfloat16, torch.float32
+
+    def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    table = draw(1, 3, 6, 5120, dtype=full)
+    shift, scale = draw(2, 5120, dtype=half) if affine else (table[:, :, 0], table[:, :, 1])
+    return {
+        "x": draw(1, 3168, 5120, dtype=half if affine else full),
+        "y": draw(1, 3168, 5120, dtype=half),
+        "gate": table[:, :, 2],
+        "rows": None,
+        "norm": Norm(shift, scale, affine, 1e-6, norm, half, fp8),
+        "stream_dtype": stream,
+    }
+
+
+def norm_call(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -> Callable[..., Any]:
+    return partial(forward, **draw_norm(affine, stream, norm, fp8))
+
+
+def gelu_call() -> Callable[..., Any]:
+    return partial(quantize_rows.launch, torch.randn(3168, 13824, device=DEVICE, dtype=torch.bfloat16), True)
+
+
+def backward_call() -> Callable[..., Any]:
+    half = torch.bfloat16
+    given = draw_norm(False, half, half, False)
+    norm, stream, d_out = given["norm"], given["x"].to(half), torch.randn_like(given["y"])
+    tables = given["gate"], norm.shift, norm.scale
+    return partial(backward, stream, given["y"], *tables, None, 1e-6, False, half, stream, d_out, torch.float32)
+
+
+def sweep() -> None:
+    """Time of the row kernels at other shapes of program: block x warps."""
+    half, full = torch.bfloat16, torch.float32
+    norm = tile(5120)
+    subjects: dict[str, tuple[Tile, Callable[[], Callable[..., Any]]]] = {
+        "after self attention": (norm, partial(norm_call, True, full, half, False)),
+        "after self attention, e4m3": (norm, partial(norm_call, True, full, half, True)),
+        "after the feed-forward": (norm, partial(norm_call, False, half, half, False)),
+        "after the feed-forward, e4m3": (norm, partial(norm_call, False, half, half, True)),
+        "GELU, e4m3": (tile(13824), gelu_call),
+        "backward after the feed-forward": (backward_tile(5120), backward_call),
+    }
+    for name, (default, build) in subjects.items():
+        runs = [build() for _ in range(SETS)]
+        times = {}
+        for tiling in itertools.starmap(Tile, itertools.product((512, 1024, 2048), (2, 4, 8, 16))):
+            if default.num_warps / 2 <= tiling.num_warps <= default.num_warps * 4:
+                times[tiling] = microseconds([partial(run, tiling=tiling) for run in runs], 20)
+        best = ", ".join(f"{t.block}x{t.num_warps} {times[t]:.1f}" for t in sorted(times, key=lambda t: times[t])[:4])
+        print(
+            f"{name:32s} default {default.block}x{default.num_warps} {times[default]:.1f} us; best {best}", flush=True
+        )
+        del runs
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-sweep", action="store_true", help="only check and time the defaults")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: these kernels are timed on a GPU only", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    rate = copy_rate()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e6:.2f} TB/s")
+    failures = rows_table(rate)
+    small_m()
+    if not arguments.no_sweep:
+        sweep()
+        failures += products_table(microseconds)
+    print(f"{failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
