@@ -7,7 +7,7 @@ from .fp8_linear import fp8_linear, quantize_fp8
 from .gated_residual import gated_residual
 from .linear import linear
 from .norm import layer_norm, rms_norm
-from .qk_norm_rope import apply_rope, qk_norm_rope
+from .qk_norm_rope import apply_rope, head_norm, qk_norm_rope, rotate_rows
 from .rope_attention import rope_attention
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "conv2d",
     "fp8_linear",
     "gated_residual",
+    "head_norm",
     "layer_norm",
     "linear",
     "next_history",
@@ -25,4 +26,5 @@ __all__ = [
     "quantize_fp8",
     "rms_norm",
     "rope_attention",
+    "rotate_rows",
 ]

@@ -1,0 +1,160 @@
+"""Flash attention over several key segments: the Triton forward kernel and its launch.
+
+One program holds BLOCK_M queries of one head and runs over the keys of each segment in turn, with an online softmax in
+base 2 (Dao, "FlashAttention-2", 2023). Full key tiles go through a loop without masks; the last partial tile of a
+segment has one of its own, so that a length that is only known on the device costs nothing in the loop.
+
+Legend: M queries of a tile, N keys of a tile, d head size. Scores are q . k / sqrt(d); the kernel keeps them times
+log2(e), so that exp2 serves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch settings of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def online_softmax(scores, scale, top, total):
+    """Scores [M, N] before scaling -> weights exp2(scale * s - max) [M, N], and the running maximum, sum and decay."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    # a row that has seen no key keeps -inf as its maximum, which must not meet another -inf
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * scale - base[:, None])
+    decay = tl.exp2(top - base)
+    return weights, new_top, total * decay + tl.sum(weights, 1), decay
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    rope_ptr,
+    rope_rows,
+    mask_ptr,
+    mask_rows,
+    begin,
+    end,
+    length,
+    scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Key tiles from `begin` to `end` of one segment and head; with TAIL, keys from `length` on do not count."""
+    cols = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D)
+    for n in tl.range(begin, end, BLOCK_N):
+        first = n.to(tl.int64)
+        k_tile = k_ptr + first * k_stride + cols[:, None] * k_stride + dims[None, :]  # [N, d]
+        v_tile = v_ptr + first * v_stride + cols[:, None] * v_stride + dims[None, :]  # [N, d]
+        if TAIL:
+            valid = n + cols < length
+            k = tl.load(k_tile, mask=valid[:, None], other=0.0)
+            v = tl.load(v_tile, mask=valid[:, None], other=0.0)
+        else:
+            k = tl.load(k_tile)
+            v = tl.load(v_tile)
+        v = v.to(v_ptr.dtype.element_ty)
+        if rope_ptr is not None:
+            turn = rope_ptr + first * D + cols[:, None] * D + 2 * tl.arange(0, D // 2)[None, :]
+            k = rotate_pairs(k.to(tl.float32), turn, (n + cols < rope_rows)[:, None], False, D)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)  # [M, N]
+        if mask_ptr is not None:
+            seen = tl.load(mask_ptr + mask_rows[:, None] + n + cols[None, :], mask=(n + cols < length)[None, :], other=0)
+            scores = tl.where(seen != 0, scores, float("-inf"))
+        elif TAIL:
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+        weights, top, total, decay = online_softmax(scores, scale, top, total)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, top, total
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    keys,
+    values,
+    lengths,
+    ropes,
+    mask_ptr,
+    out_ptr,
+    lse_ptr,
+    rows,
+    rope_rows,
+    strides,
+    q_strides,
+    queries,
+    heads,
+    mask_stride,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    present = tokens < queries
+    q_tile = q_ptr + batch * q_strides[0] + head * q_strides[2] + tokens[:, None].to(tl.int64) * q_strides[1]
+    q = tl.load(q_tile + dims[None, :], mask=present[:, None], other=0.0)
+    q = q.to(values[0].dtype.element_ty)
+
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mask_rows = tl.minimum(tokens, queries - 1).to(tl.int64) * mask_stride
+    column = 0  # of the mask, where this segment starts
+    for i in tl.static_range(len(keys)):
+        length = rows[i]
+        if lengths[i] is not None:
+            length = tl.minimum(tl.load(lengths[i]).to(tl.int32), length)
+        k_ptr = keys[i] + batch * strides[6 * i] + head * strides[6 * i + 2]
+        v_ptr = values[i] + batch * strides[6 * i + 3] + head * strides[6 * i + 5]
+        rope_ptr = ropes[i]
+        if rope_ptr is not None:
+            rope_ptr += batch * rope_rows[2 * i + 1]
+        segment_mask = mask_ptr
+        if mask_ptr is not None:
+            segment_mask += column
+        full = length // BLOCK_N * BLOCK_N
+        acc, top, total = _attend(
+            acc, top, total, q, k_ptr, v_ptr, strides[6 * i + 1], strides[6 * i + 4], rope_ptr, rope_rows[2 * i],
+            segment_mask, mask_rows, 0, full, length, scale, D, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+        acc, top, total = _attend(
+            acc, top, total, q, k_ptr, v_ptr, strides[6 * i + 1], strides[6 * i + 4], rope_ptr, rope_rows[2 * i],
+            segment_mask, mask_rows, full, length, length, scale, D, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
+        column += rows[i]
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a query without keys gives zero
+    out_tile = out_ptr + ((batch * queries + tokens[:, None]) * heads + head) * D + dims[None, :]
+    tl.store(out_tile, out.to(values[0].dtype.element_ty).to(out_ptr.dtype.element_ty), mask=present[:, None])
+    lse = (top + tl.log2(total)) * LN2
+    tl.store(lse_ptr + (batch * heads + head) * queries + tokens, lse, mask=present)
