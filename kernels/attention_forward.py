@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .qk_rows import rotate_pairs
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -68,7 +70,7 @@ def _attend(
     cols = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, D)
     for n in tl.range(begin, end, BLOCK_N):
-        first = n.to(tl.int64)
+        first = tl.cast(n, tl.int64)
         k_tile = k_ptr + first * k_stride + cols[:, None] * k_stride + dims[None, :]  # [N, d]
         v_tile = v_ptr + first * v_stride + cols[:, None] * v_stride + dims[None, :]  # [N, d]
         if TAIL:
@@ -80,7 +82,7 @@ def _attend(
             v = tl.load(v_tile)
         v = v.to(v_ptr.dtype.element_ty)
         if rope_ptr is not None:
-            turn = rope_ptr + first * D + cols[:, None] * D + 2 * tl.arange(0, D // 2)[None, :]
+            turn = rope_ptr + first * D + cols[:, None] * D + dims[None, :]
             k = rotate_pairs(k.to(tl.float32), turn, (n + cols < rope_rows)[:, None], False, D)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)  # [M, N]
         if mask_ptr is not None:
@@ -158,3 +160,79 @@ def _forward_kernel(
     tl.store(out_tile, out.to(values[0].dtype.element_ty).to(out_ptr.dtype.element_ty), mask=present[:, None])
     lse = (top + tl.log2(total)) * LN2
     tl.store(lse_ptr + (batch * heads + head) * queries + tokens, lse, mask=present)
+
+
+def choose_tiles(dtype: torch.dtype, head_dim: int, keys: int) -> Tiles:
+    """Tiles for Hopper; few keys (the audio tokens of a frame) take the smallest key tile that holds them."""
+    if keys <= 32:
+        return Tiles(64, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(64, 32, 8, 2)
+    return Tiles(128, 128, 8, 2) if head_dim >= 64 else Tiles(128, 64, 4, 3)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: three tf32 products stand for one in float32; half precision is exact either way."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def forward(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ropes: Sequence[Tensor | None],
+    lengths: Sequence[Tensor | None],
+    mask: Tensor | None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, Lq, H, d] in the dtype of q, and the natural log-sum-exp of the scores, float32 [B, H, Lq].
+
+    Arguments as in `rope_attention`, except that `lengths` are one-element integer tensors on the device, or None. The
+    channels of a head must lie side by side.
+    """
+    batch, queries, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q = dense(q)
+    keys, values = [dense(k) for k in keys], [dense(v) for v in values]
+    tables = [None if r is None else r.float().contiguous() for r in ropes]
+    tiles = tiles or choose_tiles(values[0].dtype, head_dim, sum(k.shape[1] for k in keys))
+    _forward_kernel[(triton.cdiv(queries, tiles.block_m), batch * heads)](
+        q,
+        tuple(keys),
+        tuple(values),
+        tuple(lengths),
+        tuple(tables),
+        None if mask is None else mask.contiguous().view(torch.uint8),
+        out,
+        lse,
+        tuple(k.shape[1] for k in keys),
+        tuple(n for table in tables for n in _table_shape(table)),
+        tuple(n for k, v in zip(keys, values, strict=True) for n in (*k.stride()[:3], *v.stride()[:3])),
+        q.stride()[:3],
+        queries,
+        heads,
+        0 if mask is None else mask.shape[1],
+        head_dim**-0.5 * LOG2E.value,
+        D=head_dim,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        PRECISION=precision(values[0].dtype),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return out, lse
+
+
+def dense(x: Tensor) -> Tensor:
+    """x [B, L, H, d] with the channels of a head side by side; a copy only where they are not."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _table_shape(table: Tensor | None) -> tuple[int, int]:
+    """Rows of a rotary table [(B,) L', d/2, 2], and elements from one sample to the next."""
+    if table is None:
+        return 0, 0
+    return table.shape[-3], table.stride(0) if table.dim() == 4 and table.shape[0] > 1 else 0

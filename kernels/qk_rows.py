@@ -25,11 +25,10 @@ NUM_WARPS = 8
 def rotate_pairs(x, rope, inside, INVERSE: tl.constexpr, D: tl.constexpr):
     """x [R, D] float32, its interleaved pairs turned by a table, or by its transpose (the gradient) with INVERSE.
 
-    `rope` [R or 1, D/2] points at each cosine, the sine follows it; rows that are not `inside` [R or 1, 1] stay.
+    `rope` [R or 1, D] points at (cos, sin) of each pair; rows that are not `inside` [R or 1, 1] stay.
     """
     HALF: tl.constexpr = D // 2
-    cos = tl.load(rope, mask=inside, other=1.0)
-    sin = tl.load(rope + 1, mask=inside, other=0.0)
+    cos, sin = tl.split(tl.reshape(tl.load(rope, mask=inside, other=0.0), (rope.shape[0], HALF, 2)))
     if INVERSE:
         sin = -sin
     re, im = tl.split(tl.reshape(x, (x.shape[0], HALF, 2)))
@@ -77,8 +76,7 @@ def _rows_kernel(
                     y = y.to(x.dtype).to(tl.float32)
             if ropes[i] is not None:
                 row = ropes[i] + batch * rope_stride + token.to(tl.int64) * D
-                pair = row + 2 * tl.arange(0, D // 2)[None, :]
-                y = rotate_pairs(y, pair, token < rope_rows, INVERSE, D)
+                y = rotate_pairs(y, row + tl.arange(0, D)[None, :], token < rope_rows, INVERSE, D)
             if scales[i] is not None:
                 y = y * tl.load(scales[i] + heads, mask=held, other=0.0)
                 y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
