@@ -33,12 +33,13 @@ class Tiles:
 
 
 @triton.jit
-def online_softmax(scores, scale, top, total):
-    """Scores [M, N] before scaling -> weights exp2(scale * s - max) [M, N], and the running maximum, sum and decay."""
+def online_softmax(scores, scale, bias, top, total):
+    """Scores [M, N] before scaling -> weights exp2(scale * s - max + bias) [M, N], and the running maximum, their sum
+    and the decay of what was summed before."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     # a row that has seen no key keeps -inf as its maximum, which must not meet another -inf
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * scale - base[:, None])
+    weights = tl.exp2(scores * scale - (base - bias)[:, None])
     decay = tl.exp2(top - base)
     return weights, new_top, total * decay + tl.sum(weights, 1), decay
 
@@ -86,11 +87,13 @@ def _attend(
             k = rotate_pairs(k.to(tl.float32), turn, (n + cols < rope_rows)[:, None], False, D)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)  # [M, N]
         if mask_ptr is not None:
-            seen = tl.load(mask_ptr + mask_rows[:, None] + n + cols[None, :], mask=(n + cols < length)[None, :], other=0)
+            seen = tl.load(
+                mask_ptr + mask_rows[:, None] + n + cols[None, :], mask=(n + cols < length)[None, :], other=0
+            )
             scores = tl.where(seen != 0, scores, float("-inf"))
         elif TAIL:
             scores = tl.where(valid[None, :], scores, float("-inf"))
-        weights, top, total, decay = online_softmax(scores, scale, top, total)
+        weights, top, total, decay = online_softmax(scores, scale, 0.0, top, total)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, top, total
 

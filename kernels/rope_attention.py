@@ -227,3 +227,62 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 
 _rope_attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _case(
+    name: str,
+    queries: int,
+    keys: list[int],
+    heads: int,
+    head_dim: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    rotated: int | None = None,
+    lengths: list[int | None] | None = None,
+    masked: bool = False,
+    small: bool = True,
+) -> Case:
+    """`rotated`: rows of the last segment's table; `lengths`: valid rows, on the device."""
+
+    def inputs(device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+        def draw(rows: int) -> Tensor:
+            return randn(batch, rows, heads, head_dim, device=device, generator=generator, dtype=dtype)
+
+        angle = randn(rotated or 0, head_dim // 2, device=device, generator=generator)
+        table = None if rotated is None else torch.stack((angle.cos(), angle.sin()), -1)
+        counts = lengths or [None] * len(keys)
+        mask = randn(queries, sum(keys), device=device, generator=generator) > -0.5 if masked else None
+        return {
+            "q": draw(queries),
+            "keys": [draw(rows) for rows in keys],
+            "values": [draw(rows) for rows in keys],
+            "ropes": [None] * (len(keys) - 1) + [table],
+            "lengths": [None if n is None else torch.tensor([n], dtype=torch.int32, device=device) for n in counts],
+            "mask": mask,
+        }
+
+    flops = 4 * batch * queries * sum(keys) * heads * head_dim
+    moved = 2 * batch * (queries + sum(keys)) * heads * head_dim * torch.empty(0, dtype=dtype).element_size()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    return Case(name, inputs, 0 if small else flops, 0 if small else moved, small, tolerance)
+
+
+def cases() -> list[Case]:
+    """LiveAvatar 14B: 3,168 queries, a ring of 12 latent frames and 2,640 condition keys; text; audio tokens."""
+    bf16 = torch.bfloat16
+    return [
+        _case(
+            "liveavatar-14b", 3168, [12672, 2640], 40, 128, dtype=bf16, rotated=2640, lengths=[12672, None], small=False
+        ),
+        _case("liveavatar-14b text", 3168, [512], 40, 128, dtype=bf16, small=False),
+        _case("liveavatar-14b audio", 1056, [5], 40, 128, batch=3, dtype=bf16, small=False),
+        _case("one segment", 3, [5], 2, 64, batch=3),
+        _case("tails and a table on load", 37, [130, 21], 2, 32, batch=2, rotated=13, lengths=[129, None]),
+        _case("many queries and a table", 131, [40, 70], 1, 32, rotated=70, lengths=[0, 33]),
+        _case("a mask", 33, [40, 20], 2, 32, masked=True),
+        _case("half precision", 20, [300], 1, 128, dtype=bf16, lengths=[257]),
+    ]
+
+
+OP = Op("rope_attention", rope_attention, reference, cases)
