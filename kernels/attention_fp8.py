@@ -4,8 +4,9 @@
 
 Shapes: q8 [B, Lq, H, d] e4m3; the cache is a list of `Fp8Segment`; `qk_descale` float32 [H] = 1 / (scale_q * scale_k).
 Result [B, Lq, H, d] bfloat16. Dtypes: both products accumulate in float32, softmax in float32; the weights round to
-e4m3 (times 448, against the maximum) or to bfloat16. Relative L2 error on normal data, 15,312 keys of d = 128, scores
-of unit variance: 5.3e-2 ("fp8"), 3.9e-2 ("mixed": the rounding of q and k alone); scores of variance 1/16: 3.9e-2, 1.0e-2.
+e4m3 (times 448, against the maximum) or to bfloat16.
+Error: relative L2 of the result on uncorrelated normal data, 15,312 keys of d = 128: 5.3e-2 ("fp8") and 3.9e-2
+("mixed": the rounding of q and k alone) for scores of unit variance, 3.9e-2 and 1.0e-2 for scores of variance 1/16.
 Non-finite values: as in `rope_attention`, but what lies beyond the valid rows of `v` must be finite (it is multiplied
 by zero); `Fp8Segment.allocate` makes it zero. A query without keys gives zero. Inference only.
 Errors: ValueError when segments and queries do not fit.
@@ -75,7 +76,7 @@ class Fp8Segment:
         return replace(self, length=length)
 
     def store_values(self, v: Tensor, write: Tensor | None = None) -> None:
-        """Values [B, slot_rows, H, d] of one block into its slot ("fp8"; "mixed" ones: `kv_cache.qkv_norm_rope_fp8`)."""
+        """Values [B, slot_rows, H, d] of one block into its slot, in e4m3."""
         if self.v_descale is None:
             raise ValueError("a mixed segment holds bfloat16 values; pass it as `ring_v` of qkv_norm_rope_fp8")
         store_values_fp8(v, self.v, self.v_descale, self.slots, write)
@@ -105,7 +106,7 @@ class Fp8Segment:
 
 
 def reference(q8: Tensor, segments: Sequence[Fp8Segment], qk_descale: Tensor) -> Tensor:
-    """The same roundings in plain PyTorch; weights are rounded against the maximum over all keys, not the running one."""
+    """The same roundings in plain PyTorch, except that weights round against the maximum over all keys at once."""
     ones = torch.ones_like(qk_descale)
     pairs = [segment.dequantize(ones) for segment in segments]
     k, v = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))  # [B, L, H, d]

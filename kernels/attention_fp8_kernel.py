@@ -19,8 +19,8 @@ LOG2_448 = tl.constexpr(8.807354922057604)
 def _key_order(N: tl.constexpr):
     """Which key of a tile each column of the scores takes, so that `_to_operand` moves nothing between threads.
 
-    A Hopper accumulator gives a thread t of four the columns 8j + 2t + b of sixteen (j, b in 0, 1), an FP8 operand wants
-    4t + 2j + b in its place.
+    Of sixteen columns a Hopper accumulator gives thread t of four those at 8j + 2t + b (j, b in 0, 1); an FP8 operand
+    wants 4t + 2j + b in their place.
     """
     c = tl.arange(0, N)
     return c // 16 * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2
@@ -69,10 +69,8 @@ def _attend(
             v_tile = v_ptr + first * v_stride + cols[:, None] * v_stride + dims[None, :]  # [N, d]
         if TAIL:
             k = tl.load(k_tile, mask=(n + order < length)[:, None], other=0.0)
-            if FP8_VALUES:
-                v = tl.load(v_tile)  # slots are padded to whole tiles with finite values; their weights are zero
-            else:
-                v = tl.load(v_tile, mask=(n + cols < length)[:, None], other=0.0)
+            # e4m3 slots are padded to whole tiles with finite values, whose weights are zero
+            v = tl.load(v_tile) if FP8_VALUES else tl.load(v_tile, mask=(n + cols < length)[:, None], other=0.0)
         else:
             k = tl.load(k_tile)
             v = tl.load(v_tile)

@@ -4,8 +4,8 @@ Entries map a device and a shape class to a name. `measure` fills them (`python 
 ready to be put into `MEASURED`); without an entry cuDNN takes large half-precision calls on Hopper, as the numbers of
 DESIGN.md say, and ours everything else.
 
-A library needs one segment that lies in one tensor, without mask, table or a length on the device. `kv_cache.JoinedCache`
-is the layout that turns a ring and condition keys into such a segment without copies.
+A library needs one segment that lies in one tensor, without mask, table or a length on the device; the layout
+`kv_cache.JoinedCache` turns a ring and condition keys into such a segment without copies.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,9 @@
 A block fills one whole slot, so its scales are its own and nothing stored before is touched. Two launches: partial
 maxima, then maxima, scaling and transposition; both deterministic, the second read comes from the L2 cache.
 
-Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d, S] e4m3; descale [B, slots, H, d] float32;
-`write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for the first slot.
+Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d, S] e4m3; descale float32
+[B, slots, H, d]; `write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for
+the first slot.
 Non-finite values: a NaN stays in its channel of its row, an Inf makes its channel of the slot NaN.
 Errors: ValueError when the block is not one slot long or the buffers do not fit.
 """

@@ -191,8 +191,8 @@ def rotate_rows_into(x: Tensor, rope: Tensor | None, out: Tensor, scale: Tensor 
     fits = out.shape[0] == x.shape[0] and out.shape[1] >= x.shape[1] and out.shape[2:] == x.shape[2:]
     if not fits or x.dtype == E4M3 or (out.dtype == E4M3) != (scale is not None):
         raise ValueError(
-            f"cannot rotate {x.dtype} {tuple(x.shape)} into {out.dtype} {tuple(out.shape)}; give at least as many rows, "
-            "rows that are not quantised yet, and a scale exactly when the result is e4m3"
+            f"cannot rotate {x.dtype} {tuple(x.shape)} into {out.dtype} {tuple(out.shape)}; give at least as many "
+            "rows, rows that are not quantised yet, and a scale exactly when the result is e4m3"
         )
     if rope is not None:
         check_table(rope, x.shape)

@@ -16,6 +16,7 @@ Source: Wan 2.1 (specification wan.md, 2.3.5); RoFormer (Su et al., 2021).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def head_norm(
 
 
 def rotate_rows(x: Tensor, rope: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """`apply_rope` as an op: x [B, L, H, d] rotated by rope [(B,) L', d/2, 2], once for all queries that will read it."""
+    """`apply_rope` as an op: x [B, L, H, d] rotated by rope [(B,) L', d/2, 2], once for all that will read it."""
     check_table(rope, x.shape)
     if not fused(x, rope) or x.shape[-1] not in HEAD_DIMS:
         return apply_rope(x, rope, out_dtype)
@@ -126,7 +127,8 @@ def check_table(rope: Tensor, shape: Sequence[int]) -> None:
     batch, tokens, _, head_dim = shape
     if rope.dim() not in (3, 4) or rope.shape[-2:] != (head_dim // 2, 2):
         raise ValueError(
-            f"rotary table has shape {tuple(rope.shape)}; it must be [L, {head_dim // 2}, 2] or [B, L, {head_dim // 2}, 2]"
+            f"rotary table has shape {tuple(rope.shape)}; it must be [L, {head_dim // 2}, 2] or "
+            f"[B, L, {head_dim // 2}, 2]"
         )
     if rope.shape[-3] > tokens:
         raise ValueError(f"rotary table has {rope.shape[-3]} rows for {tokens} tokens")
@@ -219,13 +221,13 @@ def _(x: Tensor, rope: Tensor, out_dtype: torch.dtype | None, inverse: bool) -> 
     return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
-def _rotate_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, rope, _, inverse = inputs
     ctx.save_for_backward(rope)
     ctx.dtype, ctx.inverse = x.dtype, inverse
 
 
-def _rotate_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (rope,) = ctx.saved_tensors
     return torch.ops.kinora.rotate_rows(grad, rope, ctx.dtype, not ctx.inverse), None, None, None
 

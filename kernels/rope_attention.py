@@ -3,14 +3,15 @@ by the caller.
 
     out = softmax(q K^T / sqrt(d)) V,   K = [k_0 | rope(k_1) | ...],  V = [v_0 | v_1 | ...]
 
-Shapes: q [B, Lq, H, d]; each k_i, v_i [B, L_i, H, d]; `ropes[i]` [(B,) L_i', d/2, 2] float32 rotates the leading rows of
-segment i (None: already rotated); `lengths[i]` (int, or an integer tensor of one element on the device) says how many
-leading rows of segment i are valid (None: all, 0: none); `mask` [Lq, sum L_i] bool, True = attend (training). Result
-[B, Lq, H, d] in the dtype of q.
+Shapes: q [B, Lq, H, d]; each k_i, v_i [B, L_i, H, d]; `ropes[i]` [(B,) L_i', d/2, 2] float32 rotates the leading rows
+of segment i (None: already rotated); `lengths[i]` (int, or an integer tensor of one element on the device) says how
+many leading rows of segment i are valid (None: all, 0: none); `mask` [Lq, sum L_i] bool, True = attend (training).
+Result [B, Lq, H, d] in the dtype of q.
 Dtypes: q, rotated k and v meet in the dtype of v; softmax and both products in float32, one rounding of the result.
 Rotation: a segment that few queries read is rotated as it is loaded; else once, into a buffer (`rotate_rows`).
-Non-finite values: a NaN in a query stays in its row; one in a valid key or value spreads to every query of its head that
-attends it; rows beyond `lengths` have no effect, whatever they hold. A query without keys gives zero.
+Non-finite values: a NaN in a query stays in its row, one in a valid key or value spreads to every query of its head
+(a masked value too: 0 * NaN); rows beyond `lengths` have no effect, whatever they hold. A query without keys gives
+zero (the reference: NaN where a mask hides all keys).
 Errors: ValueError when the segment lists differ in length, no key is given, or shapes do not fit.
 """
 
@@ -115,7 +116,7 @@ def _check_mask(mask: Tensor, q: Tensor, keys: Sequence[Tensor], lengths: Sequen
     width = sum(k.shape[1] if n is None else int(n) for k, n in zip(keys, lengths, strict=True))
     if mask.dtype != torch.bool or mask.shape != (q.shape[1], width):
         raise ValueError(
-            f"mask has {mask.dtype} of shape {tuple(mask.shape)}; it must be bool [{q.shape[1]}, {width}] (True = attend)"
+            f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool [{q.shape[1]}, {width}] (True = attend)"
         )
 
 
@@ -127,7 +128,7 @@ def log_sum_exp(
     mask: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The natural log-sum-exp of every query's scores, float32 [B, H, Lq]; -inf without keys. `dtype`: of the values."""
+    """Natural log-sum-exp of every query's scores, float32 [B, H, Lq]; -inf without keys. `dtype`: of the values."""
     spans = [k.shape[1] if n is None else int(n) for k, n in zip(keys, lengths, strict=True)]
     k = torch.cat([apply_rope(k[:, :n], r, dtype) for k, r, n in zip(keys, ropes, spans, strict=True)], 1)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype).float(), k.float()) * q.shape[3] ** -0.5
@@ -184,7 +185,7 @@ def _backward_op(
         def run(*moved: Tensor) -> Tensor:
             return reference(moved[0], moved[1 : 1 + count], moved[1 + count :], ropes, lengths, mask)
 
-        _, pull = torch.func.vjp(run, *leaves)
+        pull = torch.func.vjp(run, *leaves)[1]
         return [g.contiguous() for g in pull(grad)]
     dtype = values[0].dtype
     turned = [k if r is None else rotate_rows(k, r, dtype) for k, r in zip(keys, ropes, strict=True)]
@@ -279,7 +280,7 @@ def cases() -> list[Case]:
         _case("liveavatar-14b audio", 1056, [5], 40, 128, batch=3, dtype=bf16, small=False),
         _case("one segment", 3, [5], 2, 64, batch=3),
         _case("tails and a table on load", 37, [130, 21], 2, 32, batch=2, rotated=13, lengths=[129, None]),
-        _case("many queries and a table", 131, [40, 70], 1, 32, rotated=70, lengths=[0, 33]),
+        _case("many queries and a table", 131, [40, 70], 1, 32, rotated=33, lengths=[0, 33]),
         _case("a mask", 33, [40, 20], 2, 32, masked=True),
         _case("half precision", 20, [300], 1, 128, dtype=bf16, lengths=[257]),
     ]
