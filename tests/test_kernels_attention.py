@@ -3,6 +3,8 @@
 import pytest
 import torch
 import triton_interpreter
+from kinora.bench import attention as bench
+from kinora.bench.attention_stream import Shape, Stream
 from kinora.kernels import attention_table, dispatch, fp8_values, kv_cache, rope_attention
 from kinora.kernels.attention_fp8 import Fp8Segment, attention_fp8
 from kinora.kernels.attention_fp8 import reference as fp8_reference
@@ -314,3 +316,28 @@ def test_errors_say_what_to_do(kernel_device: torch.device) -> None:
         qkv_norm_rope(torch.randn(1, 9, 96), torch.ones(32), torch.ones(32), None, q, q, count(0, q.device), 2)
     with pytest.raises(ValueError, match="exactly when the result is e4m3"):
         rotate_rows_into(q, None, q.clone(), torch.ones(2))
+
+
+# The benchmark
+
+
+def test_the_benchmark_checks_every_kernel(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks of `bench.attention` hold at small sizes; on a machine without a GPU only the libraries refuse."""
+    monkeypatch.setattr(bench, "microseconds", lambda run: 1.0)
+    report, shape = bench.Report(), Shape(tokens=40, blocks=2, condition=30, moving=10, heads=2, head_dim=64)
+    bench.query_key_path(report, Stream.draw(shape))
+    bench.self_attention(report, Stream.draw(shape), sweeping=False)
+    bench.other_attention(report, shape)
+    bench.training(report, torch.float32, 1e-4, 40, (50, 20))
+    failed = [row for row in report.rows if row.note and not row.name.startswith(("cudnn", "sdpa"))]
+    assert [row.name for row in failed if "sdpa" not in row.name and "table entry" not in row.name] == []
+    assert sum("triton" in row.name or "rope" in row.name for row in report.rows) >= 15
+    assert "TB/s" in report.table()
+
+
+def test_the_benchmark_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "microseconds", lambda run: 1.0)
+    report = bench.Report()
+    for error in (0.5, float("nan")):
+        report.run("wrong", 1e-2, lambda error=error: error, lambda: None, 1.0)
+        assert report.rows[-1].note == "FAIL" and report.rows[-1].rate == ""
