@@ -170,7 +170,7 @@ def choose_tiles(dtype: torch.dtype, head_dim: int, keys: int) -> Tiles:
     if keys <= 32:
         return Tiles(64, 32, 4, 1)
     if dtype == torch.float32:
-        return Tiles(64, 32, 8, 2)
+        return Tiles(64, 32, 4, 1)
     return Tiles(128, 128, 8, 2) if head_dim >= 64 else Tiles(128, 64, 4, 3)
 
 
