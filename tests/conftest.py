@@ -1,4 +1,10 @@
-"""What every test may rely on: no network, one thread a worker, the same random numbers each time."""
+"""What every test may rely on: no network, one thread a worker, the same random numbers each time.
+
+Triton kernels without a GPU: Triton decides when a kernel is *decorated* whether its interpreter runs it, the ops
+decide when they are *called* (`kernels.dispatch.interpreting`). So this file imports all kernels with
+TRITON_INTERPRET=1 and takes the variable away again: every test, and every process that a test starts, then runs the
+plain references. A test that asks for the fixture `kernel_device` has the variable back for as long as it runs.
+"""
 
 import os
 
@@ -39,5 +45,5 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("triton.runtime.interpreter._convert_float", triton_interpreter.cast)
+    triton_interpreter.repair(monkeypatch)
     return torch.device("cpu")

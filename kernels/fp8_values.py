@@ -1,0 +1,136 @@
+"""Values in e4m3 for FP8 attention: transposed, with one scale a slot of the ring, head and channel.
+
+    descale[b, slot, h, c] = max(amax of the slot's rows, 1e-12) / 448;  v8[b, h, c, row] = e4m3(v / descale)
+
+A block fills one whole slot, so its scales are its own and nothing stored before is touched. Two launches: partial
+maxima, then maxima, scaling and transposition; both deterministic, the second read comes from the L2 cache.
+
+Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d, S] e4m3; descale float32
+[B, slots, H, d]; `write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for
+the first slot.
+Non-finite values: a NaN stays in its channel of its row, an Inf makes its channel of the slot NaN.
+Errors: ValueError when the block is not one slot long or the buffers do not fit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import triton_runs
+from .kv_cache import E4M3
+from .qk_rows import FP8_MAX, Slots
+
+AMAX_FLOOR = tl.constexpr(1e-12)
+ROWS = 128  # rows of a tile; the stride of a slot is a multiple of it
+
+
+@triton.jit
+def _amax_kernel(v_ptr, partial_ptr, strides, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Maxima of |v| over a tile of rows, [B, tiles, H, d]."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
+    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32)
+    place = ((batch * tl.num_programs(0) + tl.program_id(0)) * heads + head) * D + dims
+    tl.store(partial_ptr + place, tl.max(tl.abs(v), 0))
+
+
+@triton.jit
+def _store_kernel(
+    v_ptr,
+    partial_ptr,
+    v8_ptr,
+    descale_ptr,
+    write_ptr,
+    strides,
+    tokens,
+    heads,
+    tiles,
+    slot_rows,
+    slot_stride,
+    slot_count,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows, dims, parts = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, TILES)
+    slot = 0
+    if write_ptr is not None:
+        slot = tl.load(write_ptr).to(tl.int32) // slot_rows
+    partial = partial_ptr + ((batch * tiles + parts[:, None]) * heads + head) * D + dims[None, :]
+    amax = tl.max(tl.load(partial, mask=(parts < tiles)[:, None], other=0.0), 0)  # [d]
+    descale = tl.maximum(amax, AMAX_FLOOR) / FP8_MAX
+    tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
+    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32) / descale[None, :]
+    v8 = tl.clamp(v, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    inside = (slot >= 0) & (slot < slot_count)
+    length = (slot_count * slot_stride).to(tl.int64)  # rows of the buffer
+    start = tl.cast(slot, tl.int64) * slot_stride + tl.program_id(0) * BLOCK
+    target = v8_ptr + ((batch * heads + head) * D + dims[:, None]) * length + start + tl.arange(0, BLOCK)[None, :]
+    tl.store(target, tl.trans(v8), mask=inside)  # padding rows get zeros
+    if tl.program_id(0) == 0:
+        tl.store(descale_ptr + ((batch * slot_count + slot) * heads + head) * D + dims, descale, mask=inside)
+
+
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v [B, L, H, d], one slot -> (e4m3 [B, H, d, L], descale float32 [B, H, d])."""
+    limit = float(FP8_MAX.value)
+    descale = v.float().abs().amax(1).clamp(min=AMAX_FLOOR.value) / limit
+    v8 = (v.float() / descale[:, None]).clamp(-limit, limit).to(E4M3)
+    return v8.permute(0, 2, 3, 1), descale
+
+
+def store_values_fp8(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write: Tensor | None = None) -> None:
+    """Quantise and transpose one block into its slot; see the module docstring."""
+    batch, tokens, heads, head_dim = v.shape
+    if tokens != slots.rows or slots.stride % ROWS:
+        raise ValueError(f"{tokens} rows of values do not fill a slot of {slots}; its stride is a multiple of {ROWS}")
+    if v8.shape != (batch, heads, head_dim, slots.length) or descale.shape != (batch, slots.count, heads, head_dim):
+        raise ValueError(
+            f"values {tuple(v.shape)} in {slots} need e4m3 [{batch}, {heads}, {head_dim}, {slots.length}] and descale "
+            f"[{batch}, {slots.count}, {heads}, {head_dim}], not {tuple(v8.shape)} and {tuple(descale.shape)}"
+        )
+    torch.ops.kinora.store_values_fp8(v, v8, descale, write, [slots.count, slots.rows, slots.stride])
+
+
+@torch.library.custom_op("kinora::store_values_fp8", mutates_args=("v8", "descale"))
+def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, slots: list[int]) -> None:
+    layout = Slots(*slots)
+    batch, tokens, heads, head_dim = v.shape
+    if not triton_runs(v, v8, descale, write):
+        slot = 0 if write is None else int(write) // layout.rows
+        if 0 <= slot < layout.count:
+            start = slot * layout.stride
+            v8[..., start : start + layout.stride] = 0
+            v8[..., start : start + tokens], descale[:, slot] = quantize_values(v)
+        return
+    v = v if v.stride(3) == 1 else v.contiguous()
+    tiles = layout.stride // ROWS
+    partial = torch.empty((batch, tiles, heads, head_dim), dtype=torch.float32, device=v.device)
+    grid = (tiles, batch * heads)
+    _amax_kernel[grid](v, partial, v.stride()[:3], tokens, heads, D=head_dim, BLOCK=ROWS, num_warps=8)
+    _store_kernel[grid](
+        v,
+        partial,
+        v8,
+        descale,
+        write,
+        v.stride()[:3],
+        tokens,
+        heads,
+        tiles,
+        layout.rows,
+        layout.stride,
+        layout.count,
+        D=head_dim,
+        BLOCK=ROWS,
+        TILES=triton.next_power_of_2(tiles),
+        num_warps=8,
+    )
+
+
+@_store_values_fp8_op.register_fake
+def _(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, slots: list[int]) -> None:
+    return None
