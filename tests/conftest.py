@@ -1,16 +1,32 @@
-"""What every test may rely on: no network, one thread a worker, the same random numbers each time."""
+"""What every test may rely on: no network, one thread a worker, the same random numbers each time.
+
+Triton kernels without a GPU: Triton decides when a kernel is *decorated* whether its interpreter runs it, the ops
+decide when they are *called* (`kernels.dispatch.interpreting`). So this file imports all kernels with
+TRITON_INTERPRET=1 and takes the variable away again: every test, and every process that a test starts, then runs the
+plain references. A test that asks for the fixture `kernel_device` has the variable back for as long as it runs.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
+import importlib
+import pkgutil
 import random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import kinora.kernels
+
+    for module in pkgutil.iter_modules(kinora.kernels.__path__):
+        importlib.import_module(f"kinora.kernels.{module.name}")
+    del os.environ["TRITON_INTERPRET"]
 
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
@@ -28,3 +44,12 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton kernels run in this test: on the GPU compiled, or else on the CPU in Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return torch.device("cpu")
