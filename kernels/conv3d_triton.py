@@ -253,7 +253,11 @@ def tile_for(channels_in: int, channels_out: int, kernel: tuple[int, int, int], 
     return Tile(128, n, n2, k, 8 if n > 64 else 4, 4)
 
 
+def takes(weight: Tensor) -> bool:
+    """Whether the kernel is for this dtype here: on a GPU float32 products stay with the library, which is exact."""
+    return weight.dtype in (torch.float16, torch.bfloat16) or not weight.is_cuda
+
+
 def supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can run: TMA wants 16 aligned bytes a pixel; float32 products stay with the library on a GPU."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return (half or not x.is_cuda) and x.shape[-1] % 16 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    """Whether the kernel can run: its TMA blocks want 16-byte aligned pixels and at least 16 channels."""
+    return takes(weight) and x.shape[-1] % 16 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
