@@ -95,9 +95,7 @@ def _sum_of_frames(
     return total.unflatten(0, (x.shape[0], -1)).transpose(1, 2)  # [B, Cout, T', H', W']
 
 
-def _plain(
-    x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None, stride: Triple, padding: Triple
-) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None, stride: Triple, padding: Triple) -> Tensor:
     compute = _sum_of_frames if x.device.type == "cpu" else reference
     return compute(x, weight, bias, history, stride, padding)
 
@@ -146,7 +144,9 @@ def _op(
     if not past:
         history = None
     elif history is not None and history.shape[2] > past:
-        raise ValueError(f"history has {history.shape[2]} frames, this convolution looks back {past}; pass the last {past}")
+        raise ValueError(
+            f"history has {history.shape[2]} frames, this convolution looks back {past}; pass the last {past}"
+        )
     out = _result(x, weight, steps, pads)
     if triton_runs(x) and _kernel_knows(weight, steps, pads) and conv3d_triton.takes(weight):
         _by_kernel(x, weight, bias, history, past, out)
@@ -221,7 +221,7 @@ def _case(
 
 
 def cases() -> list[Case]:
-    """LiveAvatar's decoder, one block of 3 latent frames at 704x384; small ones: awkward sizes, every kind of kernel."""
+    """LiveAvatar's decoder, one block of 3 latent frames at 704x384; small ones of every kind of kernel."""
     return [
         _case("level3", (96, 96), 12, (704, 384)),
         _case("level2", (192, 192), 12, (352, 192)),

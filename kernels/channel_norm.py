@@ -46,7 +46,7 @@ def reference(
         raw.copy_(s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "height", "width"])
 def _norm_kernel(
     x,
     gamma,

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .dispatch import interpreting
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -59,7 +61,8 @@ def _store_normed(out, y, scale, gamma, pixels, inside, channels, COUT: tl.const
     _store(out, y, pixels, inside, channels, channels, COUT)
 
 
-@triton.jit
+# sizes are no compile-time facts: the first chunk of a stream, and other pictures, take the same code
+@triton.jit(do_not_specialize=["frames", "height", "width", "plane", "batch_rows", "batch"])
 def _conv_kernel(
     x_desc,  # [batch * frames * plane, CIN]
     w_desc,  # [phases * COUT, taps * CIN], in blocks of BLOCK_N rows
@@ -183,6 +186,8 @@ def launch(
 
     `tile.k` divides the input channels; `tile` covers the output channels where `normed` is given.
     """
+    if interpreting():  # the interpreter multiplies the bits of bf16 as integers
+        x, weight = x.float(), weight.float()
     batch, length, ringed_height, ringed_width, channels_in = x.shape
     phases, channels_out, kt, kh, kw, _ = weight.shape
     height, width = ringed_height - 2, ringed_width - 2

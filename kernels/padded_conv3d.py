@@ -10,7 +10,7 @@ bias [Cout]. The result has T = (F - kt) // time_stride + 1 frames; residual, ra
 `frame_split` n: the channels of one result frame are n frames of Cout / n channels (raw [B, n T, H, W, Cout / n]; no
 residual, no norm): the temporal upsampling.
 P = 4 (`pack_upsampled`): x is doubled in rows and columns (nearest) before a 3x3 convolution, computed as four 2x2
-convolutions of x, one for each parity of row and column: 4 / 9 of the products. raw and normed are [B, T, 2H, 2W, Cout].
+convolutions of x, one for each parity of row and column: 4 / 9 of the products. raw, normed [B, T, 2H, 2W, Cout].
 Dtypes: x, weight half precision or float32 alike; products are summed, and the epilogue computed, in float32 and
 rounded once, where raw and normed are stored, in their own dtypes.
 NaN and Inf go where the sums carry them: into the pixels whose kernel window holds them.
@@ -115,12 +115,13 @@ def _run(
     silu: bool,
 ) -> None:
     """The kernel, with a norm kernel behind it where one program does not hold all channels; or library and norm."""
-    channels_in, channels_out, kernel = x.shape[-1], weight.shape[1], tuple(weight.shape[2:5])
+    channels_in, (phases, channels_out, kt, kh, kw, _) = x.shape[-1], weight.shape
     tile = None
     if conv3d_triton.supported(x, weight):
-        tile = conv3d_triton.tile_for(channels_in, channels_out, kernel, len(weight) == 4)
+        tile = conv3d_triton.tile_for(channels_in, channels_out, (kt, kh, kw), phases == 4)
     if tile is None:
         y = _convolve(x, weight, bias, time_stride, frame_split)
+        y = y if y.stride(-1) == 1 else y.contiguous()  # the library chooses its layout
         launch_norm(y, gamma, residual, raw, normed, silu)
         return
     together = normed is None or tile.covers(channels_out)
@@ -184,8 +185,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, time_stride: int, frame_spli
         raise ValueError(f"kernels of {kh}x{kw} in space are not known here; 1x1 and 3x3 are, 2x2 for upsampling")
     if not weight.is_contiguous() or weight.dtype != x.dtype or bias.shape != (channels_out,):
         raise ValueError(
-            f"weight must be contiguous and {x.dtype} like x, it is {weight.dtype}; bias has shape {tuple(bias.shape)}, "
-            f"({channels_out},) is needed"
+            f"weight must be contiguous and {x.dtype} like x, it is {weight.dtype}; "
+            f"bias has shape {tuple(bias.shape)}, ({channels_out},) is needed"
         )
     if length < kt or channels_out % frame_split or (phases == 4 and (time_stride, kt) != (1, 1)):
         raise ValueError(
