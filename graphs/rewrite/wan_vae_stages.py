@@ -269,6 +269,7 @@ class Down:
     def run(self, frames: int, first: bool, outlet: Inlet) -> None:
         picture = self.picture.filled(frames)
         small = F.conv2d(picture.flatten(0, 1).permute(0, 3, 1, 2), self.weight, self.bias, stride=2)
+        small = small.contiguous(memory_format=torch.channels_last)  # where the library chose another layout
         x = small.permute(0, 2, 3, 1).unflatten(0, picture.shape[:2])  # [B, T, H / 2, W / 2, C]
         if self.time is None:
             outlet.fill(x)
