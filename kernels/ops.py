@@ -4,13 +4,16 @@ from .adaln import adaln, adaln_fp8
 from .attention_fp8 import attention_fp8
 from .audio_residual import audio_residual
 from .causal_conv3d import causal_conv3d, conv2d, next_history
+from .channel_norm import channel_norm
 from .channel_norm_silu import channel_norm_silu
 from .fp8_linear import fp8_linear, quantize_fp8
 from .fp8_matmul import fp8_matmul
 from .gated_residual import gated_residual
+from .gather_taps import gather_taps
 from .kv_cache import qkv_norm_rope, qkv_norm_rope_fp8
 from .linear import linear
 from .norm import layer_norm, rms_norm
+from .padded_conv3d import padded_conv3d
 from .qk_norm_rope import apply_rope, head_norm, qk_norm_rope, rotate_rows
 from .quantize_rows import gelu_quantize_rows, quantize_fp8, quantize_rows
 from .residual_norm import residual_norm, residual_norm_fp8
@@ -23,16 +26,19 @@ __all__ = [
     "attention_fp8",
     "audio_residual",
     "causal_conv3d",
+    "channel_norm",
     "channel_norm_silu",
     "conv2d",
     "fp8_linear",
     "fp8_matmul",
     "gated_residual",
+    "gather_taps",
     "gelu_quantize_rows",
     "head_norm",
     "layer_norm",
     "linear",
     "next_history",
+    "padded_conv3d",
     "qk_norm_rope",
     "qkv_norm_rope",
     "qkv_norm_rope_fp8",
