@@ -21,10 +21,10 @@ def kernel_shares(call: Callable[[], object], device: torch.device, most: int = 
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
-    found = []
+    kind, found = DeviceType.CUDA if on_gpu else DeviceType.CPU, []
     for event in recorded.key_averages():
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if seconds > 0 and event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
+        if seconds > 0 and event.device_type == kind and not event.is_user_annotation:
             found.append((event.key[:LONGEST_NAME], seconds, event.count))
     total = sum(seconds for _, seconds, _ in found)
     found.sort(key=lambda entry: -entry[1])

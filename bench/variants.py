@@ -1,0 +1,87 @@
+"""The ways in which one and the same model is run, so that they can be compared.
+
+eager: the plain graph in PyTorch. compiled: the same with `torch.compile` on its repeated blocks. fused: the models over
+Kinora's ops, launched one by one. kinora: the fast path as a whole, captured (`captured.py`). diffusers: another library's
+model of the same size (`peers.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..graphs.models.liveavatar import LiveAvatar
+from ..graphs.models.liveavatar_block import Block, CrossAttention
+from ..graphs.models.wan_vae import WanVae
+from ..graphs.models.wan_vae_blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
+from ..graphs.quantize import Fp8Linear
+from ..kernels.dispatch import triton_runs, using
+from .harness.run import Unavailable
+from .peers import ScaledLinear
+
+VAE_BLOCKS = (ResidualBlock, AttentionBlock, Upsample, Downsample)
+
+
+@contextmanager
+def running(variant: str, dit: LiveAvatar | None = None, vae: WanVae | None = None) -> Iterator[None]:
+    """Run the given models as eager, compiled or fused; Unavailable where that is impossible."""
+    with ExitStack() as stack:
+        if variant == "fused":
+            if not triton_runs(*_some_parameter(dit, vae)):
+                raise Unavailable("Triton kernels do not run on this device; eager is the same graph without them")
+        else:
+            stack.enter_context(using(False))
+            if dit is not None:
+                stack.enter_context(plain_fp8(dit))
+        if variant == "compiled":
+            stack.enter_context(compiled(repeated_blocks(dit, vae)))
+        yield
+
+
+def _some_parameter(*models: nn.Module | None) -> list[torch.Tensor]:
+    return [next(model.parameters()) for model in models if model is not None]
+
+
+def repeated_blocks(dit: LiveAvatar | None, vae: WanVae | None) -> list[nn.Module]:
+    """What `compiled` compiles: transformer blocks with the audio layers' attention, and the VAE's blocks."""
+    found: list[nn.Module] = []
+    if dit is not None:
+        found += [m for m in dit.blocks if isinstance(m, Block)]
+        found += [m for m in dit.audio_injector.injector if isinstance(m, CrossAttention)]
+    if vae is not None:
+        found += [m for m in vae.modules() if isinstance(m, VAE_BLOCKS)]
+    return found
+
+
+@contextmanager
+def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """`torch.compile` of each module: equal ones share their code, so that compiling takes minutes, not hours."""
+    changed = list(modules)
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)  # the VAE has one block per width and slot
+    for module in changed:
+        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+        torch._dynamo.config.recompile_limit = limit
+
+
+@contextmanager
+def plain_fp8(dit: LiveAvatar) -> Iterator[None]:
+    """On a GPU: FP8 layers as plain PyTorch would have them, since the op's reference multiplies in float32."""
+    swapped = []
+    for name, module in list(dit.named_modules()):
+        if isinstance(module, Fp8Linear) and module.weight.is_cuda:
+            parent, _, leaf = name.rpartition(".")
+            owner = dit.get_submodule(parent)
+            setattr(owner, leaf, ScaledLinear(module))
+            swapped.append((owner, leaf, module))
+    try:
+        yield
+    finally:
+        for owner, leaf, module in swapped:
+            setattr(owner, leaf, module)
