@@ -5,7 +5,7 @@ decoder is in the middle of its stream.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -68,14 +68,19 @@ def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[SingleDevice, T
 
 @contextmanager
 def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, denoiser: SingleDevice) -> Iterator[Ready]:
-    fast = variant == "kinora"
-    with nullcontext() if fast else running(variant, system.dit, system.vae):
-        if fast:
-            call = BlockCall(case, case.open(captured_block(case.dit, case.prompt, case.mode, case.grid)), fast_vae(system.vae))
-        else:
-            call = BlockCall(case, denoiser, system.vae)
-        calls = [partial(call, x) for x in case.noises]
-        yield Ready(calls, calls[0])  # the check comes first: it sees the decoder right after its opening
+    if variant == "kinora":
+        captured = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
+        yield _ready(BlockCall(case, captured, fast_vae(system.vae)))
+        return
+    with running("eager" if variant == "compiled" else variant, system.dit, system.vae):
+        call = BlockCall(case, denoiser, system.vae)  # not compiled: the shapes of its opening come only once
+    with running(variant, system.dit, system.vae):
+        yield _ready(call)
+
+
+def _ready(call: BlockCall) -> Ready:
+    calls = [partial(call, x) for x in call.case.noises]
+    return Ready(calls, calls[0])  # the check comes first: it sees the decoder right after its opening
 
 
 def _flops(system: LiveAvatarSystem, case: BlockCase) -> float:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "kinora bench"
 REFUSED = 1
+LOG_WIDTH = 180  # columns where the table goes to a file
 PRECISIONS = ("auto", "float32", "bf16", "fp8")
 FOLDER = Path("out/bench")
 
@@ -29,7 +30,9 @@ Profile = Annotated[bool, typer.Option("--profile", help="Also break each time d
 Plot = Annotated[bool, typer.Option(help="Write the roofline plot beside the JSON.")]
 Variants = Annotated[str, typer.Option("--variant", help="Comma-separated; by default all that exist.")]
 Model = Annotated[str, typer.Option(help="liveavatar-14b (random weights), tiny, or the folder of a trained model.")]
-Chosen = Annotated[str, typer.Option("--precision", help="float32, bf16 or fp8; auto: bf16 on a GPU, float32 on a CPU.")]
+Chosen = Annotated[
+    str, typer.Option("--precision", help="float32, bf16 or fp8; auto: bf16 on a GPU, float32 on a CPU.")
+]
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT of the video; by default the model's own.")]
 
 app = typer.Typer(
@@ -208,7 +211,7 @@ def _bench_model(
 
 
 def _variants(text: str, known: Sequence[str]) -> list[str]:
-    """"eager,kinora" -> its names; all known ones for nothing."""
+    """ "eager,kinora" -> its names; all known ones for nothing."""
     asked = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in asked if name not in known]:
         raise InputError(f"there is no variant {', '.join(unknown)}; choose from {', '.join(known)}")
@@ -242,7 +245,8 @@ def _finish(bench: "Bench", plot: bool) -> None:
     from .harness.plot import plot_roofline
     from .harness.table import print_report
 
-    print_report(bench.report, Console())
+    console = Console()
+    print_report(bench.report, console if console.is_terminal else Console(width=LOG_WIDTH))
     print(f"wrote {bench.out}")
     picture = bench.out.with_suffix(".png")
     if plot and plot_roofline(bench.report, picture):

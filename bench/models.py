@@ -1,7 +1,7 @@
 """The models that are measured: LiveAvatar 14B at its published size with random weights, `tiny`, or a trained folder.
 
-Random weights are PyTorch's own start values, drawn on the device: every linear layer then shrinks its input a little, the
-norms restore it, and activations stay finite through 40 layers. Speed does not depend on the values, precision does.
+Random weights are PyTorch's own start values, drawn on the device: every linear layer then shrinks its input a little,
+the norms restore it, and activations stay finite through 40 layers.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """What others offer for the same work, so that a number has something to stand beside.
 
-For ops: cuDNN's attention and the scaled product of cuBLAS, on inputs that are already laid out as they like them. For
-FP8 models: `ScaledLinear`, PyTorch's own product as anyone would write it. For a whole step: diffusers' Wan transformer.
+For ops: cuDNN's attention and the scaled product of cuBLAS, on inputs that are already laid out as they like them.
+For FP8 models: `ScaledLinear`, PyTorch's own product as anyone would write it. For a whole step: diffusers' Wan.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from ..kernels.cases import Inputs
 from .harness.run import Unavailable
 
 HALF = (torch.bfloat16, torch.float16)
+ROWS_OF = 16  # cuBLAS's FP8 products take rows in multiples of this
 
 
 def library_calls(op: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -52,15 +53,21 @@ def _attention(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
 
 def _scaled_product(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     """The product alone, its input quantised beforehand."""
-    x = inputs["x"]
-    x8, rows = quantize_rows(x.flatten(0, -2))
+    x8, rows = quantize_rows(inputs["x"].flatten(0, -2))
     weight8 = inputs["weight8"]
     columns = inputs["weight_descale"].reshape(1, -1).expand(1, weight8.shape[0]).contiguous()
-    return {
-        "_scaled_mm": lambda: torch._scaled_mm(
-            x8, weight8.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    }
+    return {"_scaled_mm": lambda: scaled_product(x8, rows, weight8, columns, None)}
+
+
+def scaled_product(x8: Tensor, rows: Tensor, weight8: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """e4m3 x8 [M, K] with factors [M, 1], weight8 [N, K] with factors [1, N], bias [N] -> bf16 [M, N]; CUDA only."""
+    count = x8.shape[0]
+    missing = -count % ROWS_OF
+    if missing:
+        x8 = torch.cat((x8, x8.new_zeros(missing, x8.shape[1])))
+        rows = torch.cat((rows, rows.new_ones(missing, 1)))
+    y = torch._scaled_mm(x8, weight8.t(), rows, columns, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y[:count]
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,10 +87,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x8, rows = quantize_rows(x.flatten(0, -2))
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        y = torch._scaled_mm(
-            x8, self.weight.t(), rows, self.columns, bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return scaled_product(x8, rows, self.weight, self.columns, bias).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def diffusers_wan(config: LiveAvatarConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -97,12 +97,23 @@ class StepCall:
         step, frame = self.denoiser.steps[0], self.case.index * self.case.mode.block_latents
         assert self.denoiser.sink is not None
         return self.case.dit.forward_block(
-            x, step.time, self.denoiser.text, self.audio, self.denoiser.sink, step.cache, frame, ref_shift(frame, DISTANCE)
+            x,
+            step.time,
+            self.denoiser.text,
+            self.audio,
+            self.denoiser.sink,
+            step.cache,
+            frame,
+            ref_shift(frame, DISTANCE),
         )
 
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that a step reads: ring, condition, text, audio."""
         step, sink = self.denoiser.steps[0], self.denoiser.sink
         assert sink is not None
-        pairs: list[KeyValue] = [*sink.layers, *self.denoiser.text.layers, *(layer.context for layer in self.audio.layers)]
+        pairs: list[KeyValue] = [
+            *sink.layers,
+            *self.denoiser.text.layers,
+            *(layer.context for layer in self.audio.layers),
+        ]
         return step.cache.k.nbytes + step.cache.v.nbytes + sum(k.nbytes + v.nbytes for k, v in pairs)

@@ -1,7 +1,7 @@
 """`kinora bench step`: one `forward_block` (one denoising step of one block) with a full rolling cache.
 
-A variant is timed only if its flow is close to that of the eager model before quantisation. "kinora" runs a captured block
-of one step, whose result is the latents after it and which encodes the block's audio as well.
+A variant is timed only if its flow is close to that of the eager model before quantisation. "kinora" runs a captured
+block of one step, whose result is the latents after it and which encodes the block's audio as well.
 """
 
 import math

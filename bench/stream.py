@@ -1,13 +1,14 @@
 """`kinora bench stream`: a session from its opening to its steady state, by the wall clock, as a user has it.
 
-Two sessions run one after the other; the first also pays for compiling, tuning and capturing ("cold"). A session is opened
-with a picture; then sound arrives block by block and is always there in time: the times are of work, not of waiting.
+Two sessions run one after the other; the first also pays for compiling, tuning and capturing ("cold"). A session is
+opened with a picture; then sound arrives block by block, always in time: the times are of work, not of waiting.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def bench_stream(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> 
     for variant in variants:
         bench.say(f"{name}: {variant}")
         blank = Result(name, variant, "ok", precision=choice.precision)
-        made = bench.attempt(name, variant, lambda blank=blank: _measure(bench, blank, system, (height, width)))
+        made = bench.attempt(name, variant, partial(_measure, bench, blank, system, (height, width)))
         if made is not None:
             bench.add(made)
 

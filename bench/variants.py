@@ -1,8 +1,8 @@
 """The ways in which one and the same model is run, so that they can be compared.
 
-eager: the plain graph in PyTorch. compiled: the same with `torch.compile` on its repeated blocks. fused: the models over
-Kinora's ops, launched one by one. kinora: the fast path as a whole, captured (`captured.py`). diffusers: another library's
-model of the same size (`peers.py`).
+eager: the plain graph in PyTorch. compiled: the same with `torch.compile` on its parts. fused: the models over Kinora's
+ops, launched one by one. kinora: the fast path as a whole, captured (`captured.py`). diffusers: another library's model
+of the same size (`peers.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,13 +14,10 @@ from torch import nn
 from ..graphs.models.liveavatar import LiveAvatar
 from ..graphs.models.liveavatar_block import Block, CrossAttention
 from ..graphs.models.wan_vae import WanVae
-from ..graphs.models.wan_vae_blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
 from ..graphs.quantize import Fp8Linear
 from ..kernels.dispatch import triton_runs, using
 from .harness.run import Unavailable
 from .peers import ScaledLinear
-
-VAE_BLOCKS = (ResidualBlock, AttentionBlock, Upsample, Downsample)
 
 
 @contextmanager
@@ -35,7 +32,7 @@ def running(variant: str, dit: LiveAvatar | None = None, vae: WanVae | None = No
             if dit is not None:
                 stack.enter_context(plain_fp8(dit))
         if variant == "compiled":
-            stack.enter_context(compiled(repeated_blocks(dit, vae)))
+            stack.enter_context(compiled(compiled_parts(dit, vae)))
         yield
 
 
@@ -43,31 +40,28 @@ def _some_parameter(*models: nn.Module | None) -> list[torch.Tensor]:
     return [next(model.parameters()) for model in models if model is not None]
 
 
-def repeated_blocks(dit: LiveAvatar | None, vae: WanVae | None) -> list[nn.Module]:
-    """What `compiled` compiles: transformer blocks with the audio layers' attention, and the VAE's blocks."""
+def compiled_parts(dit: LiveAvatar | None, vae: WanVae | None) -> list[nn.Module]:
+    """What `compiled` compiles: transformer blocks with the audio layers' attention, and the VAE's two networks."""
     found: list[nn.Module] = []
     if dit is not None:
         found += [m for m in dit.blocks if isinstance(m, Block)]
         found += [m for m in dit.audio_injector.injector if isinstance(m, CrossAttention)]
     if vae is not None:
-        found += [m for m in vae.modules() if isinstance(m, VAE_BLOCKS)]
+        found += [vae.encoder, vae.decoder]
     return found
 
 
 @contextmanager
 def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """`torch.compile` of each module: equal ones share their code, so that compiling takes minutes, not hours."""
+    """`torch.compile` of each module. Equal modules share their code, so that 40 blocks compile as fast as one."""
     changed = list(modules)
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 64)  # the VAE has one block per width and slot
     for module in changed:
-        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        module.forward = torch.compile(module.forward)
     try:
         yield
     finally:
         for module in changed:
             del module.forward
-        torch._dynamo.config.recompile_limit = limit
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """All ops of this folder: what generated tests and benchmarks walk over.
 
-An op joins by being a module of `kernels/` with `OP = Op(...)` (or `OPS = (Op(...), ...)` where one file serves
-several); there is no list to keep.
+An op joins by being a module of `kernels/` with `OP = Op(...)`; there is no list to keep.
 """
 
 import pkgutil
@@ -31,8 +30,9 @@ def _declared() -> Iterator[tuple[str, Op]]:
         if info.name == __name__.rpartition(".")[2]:
             continue
         module = import_module(f".{info.name}", __package__)
-        one, several = getattr(module, "OP", None), getattr(module, "OPS", ())
-        for op in (*(() if one is None else (one,)), *several):
-            if not isinstance(op, Op):
-                raise ValueError(f"{module.__name__} declares {op!r}, which is no kernels.cases.Op")
-            yield module.__name__, op
+        op = getattr(module, "OP", None)
+        if op is None:
+            continue
+        if not isinstance(op, Op):
+            raise ValueError(f"{module.__name__} declares OP = {op!r}, which is no kernels.cases.Op")
+        yield module.__name__, op

@@ -16,7 +16,6 @@ from .profile import kernel_shares
 from .report import Report, Result, Status
 from .timing import Call, Timer, Timing
 
-
 T = TypeVar("T")
 
 
@@ -151,7 +150,8 @@ class Bench:
 
     def rated(self, result: Result, timing: Timing) -> Result:
         """The result with its time, and what that means at the limits of this machine."""
-        least = self.report.roofline and self.report.roofline.seconds(result.flops, result.bytes, result.precision)
+        limits = self.report.roofline
+        least = limits.seconds(result.flops, result.bytes, result.precision) if limits else None
         return replace(
             result,
             seconds=timing.seconds,

@@ -1,8 +1,8 @@
 """How long a call takes: median over repeats, measured twice so that the report knows its own run-to-run spread.
 
 A *sample* runs every given call once (the same work on different inputs, so that the L2 cache of the GPU does not
-hold them all) and is divided by their number. On a GPU samples lie between CUDA events on the current stream, on the CPU
-between readings of the wall clock.
+hold them all) and is divided by their number. On a GPU samples lie between CUDA events on the current stream, on a
+CPU between readings of the wall clock.
 """
 
 import statistics
@@ -46,8 +46,8 @@ class Timer:
     """Times calls on `device`; each of the two runs takes about `run_seconds`, within the bounds on samples.
 
     `queue_ahead` puts a GPU sleep before the samples, so that the host has launched everything before the first one
-    starts: then short kernels are timed without launch overhead, as they run inside a CUDA graph. Without it a call that
-    launches too slowly shows it.
+    starts: then short kernels are timed without launch overhead, as they run inside a CUDA graph. Without it a call
+    that launches too slowly shows it.
     """
 
     device: torch.device

@@ -1,4 +1,4 @@
-"""`kinora bench`: hands over to the floor above, by name: imports go down only, and measuring is not part of running."""
+"""`kinora bench`: hands over to the floor above, by name: imports go down only, and measuring is no part of running."""
 
 from importlib import import_module
 
