@@ -19,7 +19,7 @@ from ..runtime.systems.liveavatar_decode import StreamDecoder
 from .captured import captured_block, fast_vae
 from .harness.run import Bench, Expected, Ready, Work
 from .models import ModelChoice, weight_bytes
-from .state import BlockCase
+from .state import BlockCase, Kept
 from .variants import running
 from .work import audio_flops, decode_flops, step_flops
 
@@ -53,9 +53,11 @@ def bench_block(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> N
     choice.quantize(system.dit)
     shown = frames.shape[1]
     work = Work(_flops(system, case), _bytes(system, denoiser), choice.precision)
+    plain = Kept(case.single, denoiser)
+    del made, denoiser
     expected = Expected(frames, TOLERANCE[choice.precision])
     for variant in variants:
-        way = partial(_way, variant, case, system, denoiser)
+        way = partial(_way, variant, case, system, plain)
         bench.measure(name, variant, way, work, expected, metrics=lambda seconds: {"fps": shown / seconds})
 
 
@@ -67,13 +69,14 @@ def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[SingleDevice, T
 
 
 @contextmanager
-def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, denoiser: SingleDevice) -> Iterator[Ready]:
+def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, plain: Kept[SingleDevice]) -> Iterator[Ready]:
     if variant == "kinora":
+        plain.free()
         captured = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
         yield _ready(BlockCall(case, captured, fast_vae(system.vae)))
         return
     with running("eager" if variant == "compiled" else variant, system.dit, system.vae):
-        call = BlockCall(case, denoiser, system.vae)  # not compiled: the shapes of its opening come only once
+        call = BlockCall(case, plain.get(), system.vae)  # not compiled: the shapes of its opening come only once
     with running(variant, system.dit, system.vae):
         yield _ready(call)
 

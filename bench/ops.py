@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -58,6 +59,7 @@ def _bench_case(bench: Bench, op: Op, case: Case, variants: Sequence[str]) -> No
     if made is None:
         return
     inputs, expected = made
+    torch._dynamo.reset()  # PyTorch stops compiling a function after eight shapes
     measure = partial(bench.measure, name, work=work_of(case, inputs), queue_ahead=True)
     functions: dict[str, Function] = {
         "kinora": op.run,

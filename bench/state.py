@@ -1,7 +1,8 @@
 """A stream in its steady state: random inputs of real shape, and rolling caches that earlier blocks have filled."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..runtime.systems.liveavatar_mode import GenerationMode
 from ..runtime.systems.liveavatar_step import BlockInputs
 
 D = TypeVar("D", bound=Denoiser)
+T = TypeVar("T")
 INPUTS = 2  # noises that calls rotate over; the weights alone are many L2 caches
 DISTANCE = 10  # R: frames by which the reference stays ahead
 
@@ -117,3 +119,19 @@ class StepCall:
             *(layer.context for layer in self.audio.layers),
         ]
         return step.cache.k.nbytes + step.cache.v.nbytes + sum(k.nbytes + v.nbytes for k, v in pairs)
+
+
+class Kept(Generic[T]):
+    """Something large that variants share, freed while another needs the memory, and then made again."""
+
+    def __init__(self, make: Callable[[], T], made: T):
+        self._make = make
+        self._made: T | None = made
+
+    def get(self) -> T:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def free(self) -> None:
+        self._made = None

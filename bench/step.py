@@ -19,7 +19,7 @@ from .captured import captured_block
 from .harness.run import Bench, Expected, Ready, Work
 from .models import ModelChoice, weight_bytes
 from .peers import diffusers_wan
-from .state import BlockCase, StepCall
+from .state import BlockCase, Kept, StepCall
 from .variants import compiled, running
 from .work import META, count_flops, step_flops
 
@@ -52,10 +52,12 @@ def _bench_models(
     choice.quantize(system.dit)
     flops = step_flops(system.dit.config, system.mode, case.grid)
     work = Work(flops, weight_bytes(system.dit) + call.cache_bytes(), choice.precision)
+    plain = Kept(partial(StepCall.prepare, case), call)
+    del made, call
     for variant in variants:
         captured = variant == "kinora"
         expected = Expected(latents if captured else flow, TOLERANCE[choice.precision])
-        way = partial(_captured, case) if captured else partial(_model, variant, call)
+        way = partial(_captured, case, plain) if captured else partial(_model, variant, plain)
         bench.measure(name, variant, way, work, expected)
     return found
 
@@ -99,14 +101,16 @@ def _prepare(case: BlockCase) -> tuple[StepCall, Tensor, Tensor]:
 
 
 @contextmanager
-def _model(variant: str, call: StepCall) -> Iterator[Ready]:
+def _model(variant: str, plain: Kept[StepCall]) -> Iterator[Ready]:
+    call = plain.get()
     with running(variant, dit=call.case.dit):
         calls = [partial(call, x) for x in call.case.noises]
         yield Ready(calls, calls[0])
 
 
 @contextmanager
-def _captured(case: BlockCase) -> Iterator[Ready]:
+def _captured(case: BlockCase, plain: Kept[StepCall]) -> Iterator[Ready]:
+    plain.free()
     denoiser = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
     calls = [partial(denoiser.denoise, x, case.inputs(case.index)) for x in case.noises]
     yield Ready(calls, calls[0])

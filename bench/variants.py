@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from ..graphs.models.liveavatar import LiveAvatar
@@ -62,6 +63,7 @@ def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
+        torch._dynamo.reset()  # compiled code keeps what it was compiled for alive
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def kernel_shares(call: Callable[[], object], device: torch.device, most: int = 
     kind, found = DeviceType.CUDA if on_gpu else DeviceType.CPU, []
     for event in recorded.key_averages():
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if seconds > 0 and event.device_type == kind and not event.is_user_annotation:
+        if seconds > 0 and event.device_type == kind and not getattr(event, "is_user_annotation", False):
             found.append((event.key[:LONGEST_NAME], seconds, event.count))
     total = sum(seconds for _, seconds, _ in found)
     found.sort(key=lambda entry: -entry[1])

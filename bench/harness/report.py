@@ -96,7 +96,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the JSON; OutputError when that fails."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")

@@ -1,6 +1,7 @@
 """One run of a benchmark: every measurement is checked, timed beside the limits of this machine, and saved at once."""
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -137,7 +138,8 @@ class Bench:
         result = blank
         if expected is not None:
             check = Check(relative_l2(ready.result(), expected.result), expected.tolerance)
-            result = replace(blank, error=check.error, tolerance=check.tolerance)
+            error = check.error if math.isfinite(check.error) else None  # JSON has no infinity
+            result = replace(blank, error=error, tolerance=check.tolerance)
             if not check.passed:
                 return _without_time(result, "refused", f"wrong result: {check}")
         if self.device.type == "cuda":

@@ -85,7 +85,8 @@ def limits_line(report: Report) -> str:
     if report.roofline is None or not report.on_gpu:
         return "A CPU: only ratios are shown."
     rates = [f"{name} product {rate / 1e12:.0f} TFLOP/s" for name, rate in report.roofline.flops_per_second.items()]
-    return f"Limits in this run: {', '.join(rates)}, copy {report.roofline.bytes_per_second / 1e12:.2f} TB/s."
+    unknown = "" if report.device.get("driver") else " NVML does not answer: clocks and throttling are not known."
+    return f"Limits in this run: {', '.join(rates)}, copy {report.roofline.bytes_per_second / 1e12:.2f} TB/s.{unknown}"
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -71,10 +71,8 @@ class Timer:
         seen: list[float] = []
         steady, launch = False, 0.0
         while not steady and len(seen) < MOST_WARM_UPS:
-            started = time.perf_counter()
-            for call in calls:
-                call()
-            launch = time.perf_counter() - started
+            if self.queue_ahead:
+                launch = _wall(calls)
             seen += self._samples(calls, 1, 0.0)
             last = seen[-WARM_SAMPLES:]
             steady = len(last) == WARM_SAMPLES and max(last) <= (1 + WARM_AGREEMENT) * min(last)
