@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import KinoraError
+from .bench import PASS_ON, bench
 from .face import face
 from .generate import generate
 from .info import info
@@ -20,6 +21,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 app.command()(generate)
 app.command()(face)
 app.command()(info)
+app.command(context_settings=PASS_ON)(bench)
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,14 +41,19 @@ def kinora(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; a traceback is printed only with --debug."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return run(app, list(sys.argv[1:] if arguments is None else arguments), "kinora")
+
+
+def run(app: typer.Typer, arguments: list[str], name: str) -> int:
+    """`main` for any Typer program called `name` whose errors are to be told in the same way."""
+    arguments = arguments or ["--help"]
     try:
-        return app(arguments, prog_name="kinora", standalone_mode=False) or 0
+        return app(arguments, prog_name=name, standalone_mode=False) or 0
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error)
-        print(f"kinora: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
         return code
 
 

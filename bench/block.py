@@ -1,0 +1,101 @@
+"""`kinora bench block`: what one block of the stream costs on one GPU: all denoising steps, then the VAE's decode.
+
+Frames per second are the block's frames over its time: the speed of a stream that never waits. The caches are full, the
+decoder is in the middle of its stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..graphs.models.wan_vae import WanVae
+from ..kernels.dispatch import using
+from ..runtime.placement.single import SingleDevice
+from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
+from ..runtime.systems.liveavatar_decode import StreamDecoder
+from .captured import captured_block, fast_vae
+from .harness.run import Bench, Expected, Ready, Work
+from .models import ModelChoice, weight_bytes
+from .state import BlockCase, Kept
+from .variants import running
+from .work import audio_flops, decode_flops, step_flops
+
+VARIANTS = ("eager", "compiled", "fused", "kinora")
+TOLERANCE = {"float32": 1e-3, "bf16": 1e-1, "fp8": 2.5e-1}
+"""Of the frames after all steps and the decoder, against the eager model before quantisation."""
+
+
+class BlockCall:
+    """Noise [1, C, 3, h, w] -> the frames [3, n, H, W] of a block in the middle of a stream."""
+
+    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: WanVae):
+        self.case, self.denoiser = case, denoiser
+        self.decoder = StreamDecoder(vae, case.motion.float(), case.mode)
+        self.decoder.push(case.noises[0].float())  # the opening block, which is shorter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.decoder.push(self.denoiser.denoise(x, self.case.inputs(self.case.index)))
+
+
+def bench_block(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> None:
+    """Measure one block of `choice` in each variant."""
+    system = choice.build()
+    mode, (height, width) = system.mode, choice.video_size(system)
+    case = BlockCase.of(system, (height, width))
+    name = f"block/{choice.name}/{choice.precision}/{width}x{height}, {mode.steps} steps"
+    made = bench.attempt(name, "reference", partial(_prepare, case, system))
+    if made is None:
+        return
+    denoiser, frames = made
+    choice.quantize(system.dit)
+    shown = frames.shape[1]
+    work = Work(_flops(system, case), _bytes(system, denoiser), choice.precision)
+    plain = Kept(case.single, denoiser)
+    del made, denoiser
+    expected = Expected(frames, TOLERANCE[choice.precision])
+    for variant in variants:
+        way = partial(_way, variant, case, system, plain)
+        bench.measure(name, variant, way, work, expected, metrics=lambda seconds: {"fps": shown / seconds})
+
+
+def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[SingleDevice, Tensor]:
+    """(the plain denoiser with full caches, the eager model's frames of the first noise)."""
+    with torch.no_grad(), using(False):
+        denoiser = case.single()
+        return denoiser, BlockCall(case, denoiser, system.vae)(case.noises[0])
+
+
+@contextmanager
+def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, plain: Kept[SingleDevice]) -> Iterator[Ready]:
+    if variant == "kinora":
+        plain.free()
+        captured = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
+        yield _ready(BlockCall(case, captured, fast_vae(system.vae)))
+        return
+    with running("eager" if variant == "compiled" else variant, system.dit, system.vae):
+        call = BlockCall(case, plain.get(), system.vae)  # not compiled: the shapes of its opening come only once
+    with running(variant, system.dit, system.vae):
+        yield _ready(call)
+
+
+def _ready(call: BlockCall) -> Ready:
+    calls = [partial(call, x) for x in call.case.noises]
+    return Ready(calls, calls[0])  # the check comes first: it sees the decoder right after its opening
+
+
+def _flops(system: LiveAvatarSystem, case: BlockCase) -> float:
+    mode, dit, vae = system.mode, system.dit.config, system.vae.config
+    return (
+        mode.steps * step_flops(dit, mode, case.grid)
+        + audio_flops(dit, mode.block_frames)
+        + decode_flops(vae, mode.block_latents, mode.warm_latents, case.grid)
+    )
+
+
+def _bytes(system: LiveAvatarSystem, denoiser: SingleDevice) -> float:
+    """Weights and caches, each read once a step, and the decoder's weights."""
+    caches = sum(step.cache.k.nbytes + step.cache.v.nbytes for step in denoiser.steps)
+    return len(denoiser.steps) * weight_bytes(system.dit) + caches + weight_bytes(system.vae.decoder)
