@@ -15,7 +15,7 @@ from .linear import linear
 from .norm import layer_norm, rms_norm
 from .padded_conv3d import padded_conv3d
 from .qk_norm_rope import apply_rope, head_norm, qk_norm_rope, rotate_rows
-from .quantize_rows import gelu_quantize_rows, quantize_fp8, quantize_rows
+from .quantize_rows import gelu_quantize_rows, quantize_rows
 from .residual_norm import residual_norm, residual_norm_fp8
 from .rope_attention import rope_attention
 

@@ -191,7 +191,7 @@ class LiveAvatar(nn.Module):
             return x
         return self.audio_injector(index, x, audio.layers[index], audio.local.shape[1], mask)
 
-    def _token_mask(
+    def token_mask(
         self, audio: AudioState, actor_mask: Tensor | None, frames: int, grid: tuple[int, int]
     ) -> Tensor | None:
         """Actor mask [A, >=F, h/2, w/2, 1] -> one value a noisy token [A, F*P]: its first F frames (2.8)."""
@@ -270,7 +270,7 @@ class LiveAvatar(nn.Module):
             )
         slot = cache.slot(start_frame, frames, self.config.local_attn_size)
         rope, condition_rope = self.noisy_rope(start_frame, frames, grid), condition.rope(ref_shift)
-        mask = self._token_mask(audio, actor_mask, frames, grid)
+        mask = self.token_mask(audio, actor_mask, frames, grid)
         memories = [
             LayerMemory(KeyValue(cache.k[i], cache.v[i]), slot, condition.layers[i], condition_rope)
             for i in range(len(self.layers))
@@ -347,7 +347,7 @@ class LiveAvatar(nn.Module):
         if t.ndim != 2 or t.shape[1] != frames or t.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"t has shape {tuple(t.shape)}; one time per frame is needed: {(x.shape[0], frames)}")
         text, sound = self.embed_text(context), self.encode_audio(audio, per_block=audio_per_block)
-        token_mask = self._token_mask(sound, actor_mask, frames, grid)
+        token_mask = self.token_mask(sound, actor_mask, frames, grid)
         reference, motion, motion_rope = self.embed_condition(ref_latents, motion_latents, add_last_motion)
         noisy = self.embed_noisy(x, cond_states)
         tokens = torch.cat((noisy, reference, motion + self._mask_row(MOTION, motion.dtype)), 1)  # [B, N + C, D]

@@ -37,7 +37,7 @@ class Position:
 
 @dataclass(frozen=True)
 class PlainMemory:
-    """Keys and values of one layer, condition and ring in one buffer; `reference` [B, P, H, d]: keys before rotation."""
+    """One layer's keys and values, condition and ring in one buffer; `reference` [B, P, H, d]: its keys not rotated."""
 
     cache: JoinedCache
     reference: Tensor

@@ -205,44 +205,69 @@ def _fold_schedule(program: Program, lifetime: dict[fx.Node, str], report: Repor
     report.add(f"{len(results)} tensors of argument {argument}: once per noise level")
 
 
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """Joined along the first axis; e4m3 as bytes, which every PyTorch can join."""
+    if tensors[0].dtype != E4M3:
+        return torch.cat(tensors)
+    return torch.cat([t.view(torch.uint8) for t in tensors]).view(E4M3)
+
+
+PRODUCTS = {K.linear.default: 1, K.fp8_matmul.default: 2}
+"""Linear layers: how many leading arguments are their input; weights, scales and biases follow."""
+
+
 def concatenate(program: Program) -> Report:
     """Linear layers of one input whose results are concatenated become one product."""
     report = Report("concatenate")
     for cat in calls(program, torch.ops.aten.cat.default):
         parts = list(cat.args[0])
-        axis = cat.args[1] if len(cat.args) > 1 else 0
-        if axis not in (-1, value_of(cat).dim() - 1) or any(p.target is not K.linear.default for p in parts):
+        axis, last = cat.args[1] if len(cat.args) > 1 else 0, value_of(cat).dim() - 1
+        if axis not in (-1, last) or not _same_input(parts):
             continue
-        x = parts[0].args[0]
-        weights, biases = ([p.args[i] for p in parts] for i in (1, 2))
-        constants = [n for n in (*weights, *biases) if n is not None]
-        same = all(p.args[0] is x for p in parts) and all((b is None) == (biases[0] is None) for b in biases)
-        if not same or any(n.op != "get_attr" for n in constants):
+        inputs = PRODUCTS[parts[0].target]
+        joined = _joined_weights(program, [part.args[inputs:] for part in parts])
+        if joined is None:
             continue
-        name = weights[0].meta["weight"]
-        joined = [
-            None if nodes[0] is None else weight_node(program, f"{name}+{len(parts) - 1}", _joined(program, nodes))
-            for nodes in (weights, biases)
-        ]
-        product = insert(parts[0], K.linear.default, (x, *joined), cat.meta["val"])
+        rest = parts[0].args[inputs + len(joined) :]
+        product = insert(parts[0], parts[0].target, (*parts[0].args[:inputs], *joined, *rest), cat.meta["val"])
         start = 0
         for part in parts:
             width = value_of(part).shape[-1]
             if any(user is not cat for user in part.users):
-                cut = (product, value_of(cat).dim() - 1, start, start + width)
                 with part.graph.inserting_after(product):
-                    piece = part.graph.call_function(torch.ops.aten.slice.Tensor, cut)
+                    piece = part.graph.call_function(torch.ops.aten.slice.Tensor, (product, last, start, start + width))
                 piece.meta["val"] = part.meta["val"]
                 part.replace_all_uses_with(piece, delete_user_cb=lambda user, cat=cat: user is not cat)
             start += width
         cat.replace_all_uses_with(product)
-        report.add(f"{name} and {len(parts) - 1} more: {tuple(value_of(joined[0]).shape)}")
+        report.add(f"{joined[0].meta['weight']} {tuple(value_of(joined[0]).shape)}")
         finish(program)
     return report
 
 
-def _joined(program: Program, nodes: list[fx.Node]) -> Tensor:
-    return torch.cat([constant(program.module, node).detach() for node in nodes])
+def _same_input(parts: list[fx.Node]) -> bool:
+    target = parts[0].target
+    return target in PRODUCTS and all(
+        part.target is target and part.args[: PRODUCTS[target]] == parts[0].args[: PRODUCTS[target]] for part in parts
+    )
+
+
+def _joined_weights(program: Program, arguments: list[tuple[Any, ...]]) -> list[fx.Node | None] | None:
+    """Weights, scales and biases of several products as those of one, or None when they are not constants alike."""
+    joined: list[fx.Node | None] = []
+    for column in zip(*arguments, strict=True):
+        if not all(node is None or isinstance(node, fx.Node) for node in column):
+            break  # dtypes and switches, which follow
+        if any(node is None for node in column):
+            if any(node is not None for node in column):
+                return None
+            joined.append(None)
+            continue
+        if any(node.op != "get_attr" for node in column):
+            return None
+        name = f"{column[0].meta['weight']}+{len(column) - 1}"
+        joined.append(weight_node(program, name, _cat([constant(program.module, node).detach() for node in column])))
+    return joined
 
 
 def fuse(program: Program) -> Report:
@@ -309,7 +334,7 @@ def _summands(total: fx.Node) -> tuple[Any, Any, Any, Any]:
 
 
 def quantise(program: Program, ignore: tuple[str, ...], packed: dict[str, tuple[Tensor, Tensor]]) -> Report:
-    """Linear layers multiply in e4m3, a scale a token and an output channel, and producers emit e4m3 directly.
+    """Linear layers multiply in e4m3, with a scale a token and an output channel.
 
     Layers whose weight's name contains one of `ignore`, or whose sides are not multiples of 16, stay as they are.
     `packed` keeps the quantised weights by name, so that several programs share them.
@@ -326,7 +351,7 @@ def quantise(program: Program, ignore: tuple[str, ...], packed: dict[str, tuple[
             packed[name] = quantize_fp8(constant(program.module, weight).detach(), "row")
         weight8, descale = packed[name]
         constants = weight_node(program, f"{name}.e4m3", weight8), weight_node(program, f"{name}.descale", descale)
-        x8 = _quantised(x, node)
+        x8 = outputs(node, K.quantize_rows.default, (x,), *_e4m3(x))
         made = insert(node, K.fp8_matmul.default, (*x8, *constants, bias, torch.bfloat16, True), node.meta["val"])
         node.replace_all_uses_with(made)
         report.add(f"{name} {tuple(weight8.shape)}: {_sqnr(constant(program.module, weight), weight8, descale):.1f} dB")
@@ -342,25 +367,58 @@ def _sqnr(weight: Tensor, weight8: Tensor, descale: Tensor) -> float:
     return float(10.0 * torch.log10(weight.float().square().mean() / noise.clamp(min=1e-30)))
 
 
-def _quantised(x: fx.Node, before: fx.Node) -> list[fx.Node]:
-    """`x` in e4m3 and its descales, once for all its readers, from its producer where that can emit them."""
-    if "e4m3" in x.meta:
-        return x.meta["e4m3"]
-    rows = (*value_of(x).shape[:-1], 1)
-    pair = like(x, dtype=E4M3), like(x, *rows, dtype=torch.float32)
-    only = all(user.target is K.linear.default and user.args[0] is x for user in x.users)
+def _e4m3(x: fx.Node) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `x` in e4m3 and of its descales."""
+    return like(x, dtype=E4M3), like(x, *value_of(x).shape[:-1], 1, dtype=torch.float32)
+
+
+def share(program: Program) -> Report:
+    """A tensor that several FP8 products read is quantised once."""
+    report = Report("share")
+    first: dict[fx.Node, fx.Node] = {}
+    for node in calls(program, K.quantize_rows.default):
+        known = first.setdefault(node.args[0], node)
+        if known is node:
+            continue
+        items = {item.args[1]: item for item in known.users}
+        for item in list(node.users):
+            item.replace_all_uses_with(items[item.args[1]])
+        report.add(f"{node.args[0].name} quantised once")
+    finish(program)
+    return report
+
+
+def emit(program: Program) -> Report:
+    """A tensor that only FP8 products read is quantised by the kernel that makes it."""
+    report = share(program)
+    report.name = "emit"
+    for node in calls(program, K.quantize_rows.default):
+        x = node.args[0]
+        made = _emitted(x) if list(x.users) == [node] else None
+        if made is None:
+            continue
+        for item in list(node.users):
+            item.replace_all_uses_with(made[item.args[1]])
+        report.add(f"{x.name} leaves its kernel in e4m3")
+    finish(program)
+    return report
+
+
+def _emitted(x: fx.Node) -> list[fx.Node] | None:
+    """`x` in e4m3 and its descales, made by its own kernel; None where that cannot."""
+    if value_of(x).dtype != torch.bfloat16:
+        return None
+    if x.target is torch.ops.aten.gelu.default and x.kwargs.get("approximate") == "tanh":
+        return outputs(x, K.gelu_quantize_rows.default, (x.args[0],), *_e4m3(x))
+    if x.target is K.adaln.default:
+        return outputs(x, K.adaln_fp8.default, x.args[:5], *_e4m3(x))
     call = x.args[0] if x.target is operator.getitem else None
-    if only and x.target is torch.ops.aten.gelu.default and x.kwargs.get("approximate") == "tanh":
-        made = outputs(x, K.gelu_quantize_rows.default, (x.args[0],), *pair)
-    elif only and x.target is K.adaln.default and value_of(x).dtype == torch.bfloat16:
-        made = outputs(x, K.adaln_fp8.default, x.args[:5], *pair)
-    elif only and isinstance(call, fx.Node) and call.target is K.residual_norm.default and x.args[1] == 1:
-        stream = next((user for user in call.users if user.args[1] == 0), None)
-        value = like(call.args[0]) if stream is None else like(stream)
-        goes_on, *made = outputs(call, K.residual_norm_fp8.default, call.args[:10], value, *pair)
-        if stream is not None:
-            stream.replace_all_uses_with(goes_on)
-    else:
-        made = outputs(before, K.quantize_rows.default, (x,), *pair)
-    x.meta["e4m3"] = made
+    if not isinstance(call, fx.Node) or call.target is not K.residual_norm.default or x.args[1] != 1:
+        return None
+    stream = next((user for user in call.users if user.args[1] == 0), None)
+    goes_on, *made = outputs(
+        call, K.residual_norm_fp8.default, call.args[:10], like(call.args[0], dtype=call.args[8]), *_e4m3(x)
+    )
+    if stream is not None:
+        stream.replace_all_uses_with(goes_on)
     return made

@@ -1,8 +1,8 @@
 """A model's call as a graph: traced once, rewritten by passes, called with the same arguments.
 
-The graph is `torch.fx` over ATen operators before decomposition (`aten.linear`, `aten.layer_norm`) and `kinora::` ops, one
-node each. Arguments are pytrees of tensors, each with a lifetime: how long its values stay (`LIFETIMES`). Weights and
-other tensors that the function closes over are constants of the graph, which live as long as the model.
+The graph is `torch.fx` over ATen operators before decomposition (`aten.gelu`) and `kinora::` ops, one node each.
+Arguments are pytrees of tensors, each with a lifetime: how long its values stay (`LIFETIMES`). Weights and other
+tensors that the function closes over are constants of the graph, which live as long as the model.
 """
 
 from collections.abc import Callable, Mapping
@@ -110,7 +110,9 @@ def trace(function: Callable[..., Any], arguments: Mapping[str, Argument], model
     def flat(*values: Tensor) -> Any:
         moving = iter(values)
         rebuilt = {
-            name: pytree.tree_unflatten([next(moving) if isinstance(leaf, Tensor) else leaf for leaf in leaves[name]], spec)
+            name: pytree.tree_unflatten(
+                [next(moving) if isinstance(leaf, Tensor) else leaf for leaf in leaves[name]], spec
+            )
             for name, spec in specs.items()
         }
         return function(**rebuilt)

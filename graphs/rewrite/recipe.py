@@ -19,7 +19,8 @@ SENSITIVE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which passes run, and their data. `fp8`: linear layers in e4m3 except those named in `ignore`.
+    """Which passes run, and their data. `fp8`: linear layers in e4m3 except those named in `ignore`
+    (a model whose layers are `Fp8Linear` already needs no such pass).
 
     `expect`: passes that must match something; one that does not is an error, because a model that changed its
     writing would silently lose its speed.
@@ -29,6 +30,7 @@ class Recipe:
     concatenate: bool = True
     fuse: bool = True
     fp8: bool = False
+    emit: bool = True
     ignore: tuple[str, ...] = SENSITIVE
     expect: tuple[str, ...] = ()
 
@@ -42,9 +44,11 @@ def apply(program: Program, recipe: Recipe, packed: dict[str, tuple[Tensor, Tens
     steps = [
         (True, lambda: passes.clean(program)),
         (recipe.fold, lambda: passes.fold(program)),
+        (True, lambda: passes.share(program)),
         (recipe.concatenate, lambda: passes.concatenate(program)),
         (recipe.fuse, lambda: passes.fuse(program)),
         (recipe.fp8, lambda: passes.quantise(program, recipe.ignore, {} if packed is None else packed)),
+        (recipe.emit, lambda: passes.emit(program)),
     ]
     for wanted, run in steps:
         if not wanted:
