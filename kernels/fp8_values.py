@@ -67,7 +67,9 @@ def _store_kernel(
     partial = partial_ptr + ((batch * tiles + parts[:, None]) * heads + head) * D + dims[None, :]
     amax = tl.max(tl.load(partial, mask=(parts < tiles)[:, None], other=0.0), 0)  # [d]
     descale = tl.maximum(amax, AMAX_FLOOR) / FP8_MAX
-    v8 = tl.clamp(v.to(tl.float32) / descale[None, :], -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    v8 = tl.clamp(v.to(tl.float32) / descale[None, :], -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(
+        tl.float8e4nv
+    )
     inside = (slot >= 0) & (slot < slot_count)
     length = (slot_count * slot_stride).to(tl.int64)  # rows of the buffer
     start = tl.cast(slot, tl.int64) * slot_stride + tl.program_id(0) * BLOCK

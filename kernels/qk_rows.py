@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Tile, row_major, rounded, tile
+from .rows import Tile, rounded, row_major, tile
 
 FP8_MAX = tl.constexpr(448.0)
 HEAD_DIMS = (16, 32, 64, 128)
