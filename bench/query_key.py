@@ -15,7 +15,7 @@ from . import attention_report as reporting
 from .attention_report import NAN, Report
 from .attention_stream import BF16, DEVICE, Stream, count, relative
 
-TILES = (Tile(1024, 4), Tile(2048, 4), Tile(2048, 8), Tile(4096, 16), Tile(512, 2))
+TILES = (Tile(1024, 4), Tile(2048, 8), Tile(512, 2))
 E4M3 = torch.float8_e4m3fn
 
 
