@@ -81,7 +81,7 @@ class CapturedBlock:
         self.ring = ring or RingFormat(dit.dtype, "fp8" if fp8 else None)
         self.text = dit.embed_text(context.to(device=dit.device, dtype=dit.dtype))
         schedule = mode.schedule()
-        self.sigmas = schedule.sigmas
+        self.sigmas = schedule.sigmas.to(dit.device)  # a copy from the host cannot be captured
         self.times = [dit.embed_time(t.float().reshape(1, 1).to(dit.device)) for t in schedule.timesteps[: mode.steps]]
         zero = torch.zeros(1, dtype=torch.int32, device=dit.device)
         self.position = Position(zero, zero.clone())
