@@ -17,7 +17,11 @@ LIVEAVATAR_IGNORE = (
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with e4m3 weights and dynamically quantised input; result in the dtype of the input."""
+    """A linear layer with e4m3 weights and dynamically quantised input.
+
+    "tensor" is the published recipe: the input is quantised as it comes, the result has its dtype. "row" takes the place
+    of the layer to the letter: input and result have the dtype of its weights.
+    """
 
     weight: Tensor
     weight_descale: Tensor
@@ -30,8 +34,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_descale", descale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.granularity = granularity
+        self.dtype = linear.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype) if self.granularity == "row" else x
         return ops.fp8_linear(x, self.weight, self.weight_descale, self.bias, self.granularity)
 
 
