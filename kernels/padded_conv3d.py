@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import conv3d_triton
 from .cases import Case, Inputs, Op, randn
-from .channel_norm import _launch as launch_norm
 from .channel_norm import check_outputs, check_views, norm_of
+from .channel_norm import launch as launch_norm
 from .dispatch import fused, triton_runs
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 attend, plain = rope_attention.rope_attention, rope_attention.reference
 
 
-
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
