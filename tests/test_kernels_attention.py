@@ -153,25 +153,25 @@ def stream(
     weights = [torch.rand(dim, device=device) + 0.5 for _ in range(2)]
     scales = [static_scales(weight, heads) for weight in weights]
     rope = table(tokens, head_dim, device)
-    ring = Fp8Segment.allocate(2, blocks, tokens, heads, head_dim, values, device=device)  # type: ignore[arg-type]
-    wide_k, wide_v = torch.zeros(2, 2, blocks * tokens, heads, head_dim, device=device)
+    ring = Fp8Segment.allocate(1, blocks, tokens, heads, head_dim, values, device=device)  # type: ignore[arg-type]
+    wide_k, wide_v = torch.zeros(2, 1, blocks * tokens, heads, head_dim, device=device)
     for block in range(blocks):
-        qkv = torch.randn(2, tokens, 3 * dim, device=device) * 4.0**block
+        qkv = torch.randn(1, tokens, 3 * dim, device=device) * 4.0**block
         write = count(block * tokens, device)
         ring_v = ring.v if values == "mixed" else None
         q8 = qkv_norm_rope_fp8(qkv, *weights, rope, ring.k8, ring_v, write, *scales, ring.slots, heads)
         if values == "fp8":
             ring.store_values(qkv[..., 2 * dim :].unflatten(-1, (heads, head_dim)), write)
-        q = qkv_norm_rope(qkv, *weights, rope, wide_k, wide_v, write, heads)
+        q = kv_cache.qkv_norm_rope_reference(qkv, *weights, rope, wide_k, wide_v, write, heads)
     return q8, ring, 1 / (scales[0] * scales[1]), (wide_k, wide_v), (q, scales[1])
 
 
 @pytest.mark.parametrize(("values", "bound"), [("fp8", 7e-2), ("mixed", 5e-2)])
 def test_fp8_attention_over_a_ring_and_condition_keys(values: str, bound: float, kernel_device: torch.device) -> None:
     q8, ring, qk_descale, (k, v), (q, scale_k) = stream(values, kernel_device)
-    condition_k, condition_v = torch.randn(2, 2, 70, 2, 64, device=kernel_device)
+    condition_k, condition_v = torch.randn(2, 1, 70, 2, 64, device=kernel_device)
     rope = table(40, 64, kernel_device)
-    condition = Fp8Segment.allocate(2, 1, 70, 2, 64, values, device=kernel_device)  # type: ignore[arg-type]
+    condition = Fp8Segment.allocate(1, 1, 70, 2, 64, values, device=kernel_device)  # type: ignore[arg-type]
     condition.store_condition(condition_k, condition_v, rope, scale_k)
     for rows in (None, 0, 40, 200):
         length = None if rows is None else count(rows, kernel_device)
