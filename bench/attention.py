@@ -31,7 +31,8 @@ from ..kernels.kv_cache import qkv_norm_rope, qkv_norm_rope_fp8, rotate_rows_int
 from ..kernels.qk_norm_rope import apply_rope, head_norm, qk_norm_rope
 from ..kernels.qk_norm_rope import reference as qk_reference
 from ..kernels.rope_attention import rope_attention
-from .attention_stream import BF16, DEVICE, Shape, Stream, count, exact, relative
+from .attention_stream import BF16, DEVICE, Shape, Stream, count, exact
+from .harness.check import relative_l2
 
 NAN = float("nan")
 
@@ -125,16 +126,16 @@ def query_key_path(report: Report, x: Stream) -> None:
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
         assert cache[:, :, s.tokens :].isnan().all(), "rows of other blocks were written"
         assert torch.equal(cache[1, :, : s.tokens].flatten(2), v), "values are copied exactly"
-        return max(relative(got, want[0]), relative(cache[0, :, : s.tokens], want[1]))
+        return max(relative_l2(got, want[0]), relative_l2(cache[0, :, : s.tokens], want[1]))
 
     def plain() -> float:
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
         got = qk_norm_rope(q, k, weights[0], weights[1], rope, s.heads)
-        return max(relative(a, b) for a, b in zip(got, want, strict=True))
+        return max(relative_l2(a, b) for a, b in zip(got, want, strict=True))
 
     def single() -> float:
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), None, s.heads)[0]
-        return relative(head_norm(q, weights[0], s.heads), want)
+        return relative_l2(head_norm(q, weights[0], s.heads), want)
 
     def fp8() -> float:
         cache = torch.full((1, s.tokens, s.heads, s.head_dim), 7.0, device=DEVICE).to(torch.float8_e4m3fn)
@@ -142,7 +143,7 @@ def query_key_path(report: Report, x: Stream) -> None:
         got = qkv_norm_rope_fp8(*arguments, cache, None, write, scale_q, scale_k, slots, s.heads)
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
         pairs = zip((got, cache), (scale_q, scale_k), want, strict=True)
-        return max(relative(y.float() / scale[:, None], w) for y, scale, w in pairs)
+        return max(relative_l2(y.float() / scale[:, None], w) for y, scale, w in pairs)
 
     ring, mixed = parts["rings"]["fp8"], parts["rings"]["mixed"]
     heads_v = v.unflatten(-1, (s.heads, s.head_dim))
@@ -150,17 +151,17 @@ def query_key_path(report: Report, x: Stream) -> None:
     def values() -> float:
         ring.store_values(heads_v, write)
         back = ring.with_length(count(s.tokens)).dequantize(torch.ones(s.heads, device=DEVICE))[1]
-        return relative(back, heads_v)
+        return relative_l2(back, heads_v)
 
     def rotated() -> float:
         out = torch.full_like(x.raw_k, NAN)
         rotate_rows_into(x.raw_k, x.rope, out)
-        return relative(out, apply_rope(x.raw_k, x.rope, torch.float32))
+        return relative_l2(out, apply_rope(x.raw_k, x.rope, torch.float32))
 
     def rotated_fp8() -> float:
         out = torch.full_like(x.raw_k, 7.0).to(torch.float8_e4m3fn)
         rotate_rows_into(x.raw_k, x.rope, out, scale_k)
-        return relative(out.float() / scale_k[:, None], apply_rope(x.raw_k, x.rope, torch.float32))
+        return relative_l2(out.float() / scale_k[:, None], apply_rope(x.raw_k, x.rope, torch.float32))
 
     def mixed_values() -> float:
         write_mixed()
@@ -199,7 +200,7 @@ def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
 
     def attempt(name: str, bound: float, call: Callable[..., Tensor], *arguments: Any) -> None:
         run = partial(call, *arguments)
-        report.run(name, bound, lambda: relative(run(), want), run, s.flops)
+        report.run(name, bound, lambda: relative_l2(run(), want), run, s.flops)
 
     def forward(tiles: Tiles | None, k: list[Tensor], v: list[Tensor], rope: Tensor | None = None) -> Tensor:
         lengths = [x.length, None][: len(k)] if len(k) > 1 else [None]
@@ -260,7 +261,7 @@ def cudnn_frontend(report: Report, x: Stream, want: Tensor) -> None:
     def check() -> float:
         build()
         state["run"]()
-        return relative(out.float().transpose(1, 2) / 256, want)
+        return relative_l2(out.float().transpose(1, 2) / 256, want)
 
     report.run("cudnn-frontend fp8 (one scale a tensor)", 8e-2, check, lambda: state["run"](), x.shape.flops)
 
@@ -293,7 +294,7 @@ def other_attention(report: Report, s: Shape) -> None:
 
 
 def first_error(run: Callable[[], tuple[Tensor, Tensor]], want: Tensor) -> float:
-    return relative(run()[0], want)
+    return relative_l2(run()[0], want)
 
 
 def training(report: Report, dtype: torch.dtype, bound: float, queries: int, keys: tuple[int, int]) -> None:
@@ -313,7 +314,7 @@ def training(report: Report, dtype: torch.dtype, bound: float, queries: int, key
         p = (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1)
         out = torch.einsum("bhqk,bkhd->bqhd", p, torch.cat(wide[3:], 1))
         wanted = torch.autograd.grad(out, wide, weights.float())
-        return max(relative(a, b) for a, b in zip(found, wanted, strict=True))
+        return max(relative_l2(a, b) for a, b in zip(found, wanted, strict=True))
 
     none = [None, None]
     q, k, v = leaves[0].detach(), [t.detach() for t in leaves[1:3]], [t.detach() for t in leaves[3:]]
@@ -345,7 +346,7 @@ def graph_capture(report: Report, x: Stream) -> None:
             graph.replay()
             first = x.shape.condition
             k, v = (torch.cat((t[:, :first], t[:, first : first + rows]), 1) for t in (x.joined.k, x.joined.v))
-            worst = max(worst, relative(out, exact(x.q, k, v)))
+            worst = max(worst, relative_l2(out, exact(x.q, k, v)))
         return worst
 
     report.run("one graph, three ring lengths", 1e-2, check, None, 0)

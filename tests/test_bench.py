@@ -285,6 +285,15 @@ def test_every_declared_op_passes_its_check_on_small_cases(tmp_path: Path, monke
     assert [r for r in bench.report.results if r.status != "ok"] == []
 
 
+def test_a_check_tells_right_from_wrong() -> None:
+    case = Case("tiny", inputs, small=True)
+    assert bench_ops.check_case(op("right", double), case, CPU).passed
+    found = bench_ops.check_case(op("wrong", wrong), case, CPU)
+    assert not found.passed and found.error == pytest.approx(0.05)
+    unwritten = Op("unwritten", torch.empty_like, double, lambda: [case])
+    assert bench_ops.check_case(unwritten, case, CPU).error == float("inf")
+
+
 def test_an_op_that_is_wrong_is_refused(some_ops: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ops.json"
     assert main(["op", "--variant", "eager,kinora", "-o", str(out), *FAST, "--no-plot"]) == 1
