@@ -245,18 +245,10 @@ def _qkv_norm_rope_op(
 
 
 @_qkv_norm_rope_op.register_fake
-def _(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor | None,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    write: Tensor,
-    num_heads: int,
-    eps: float,
+def _fake_queries(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor | None, ring: Tensor, *_: Any
 ) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], *ring_k.shape[2:]), dtype=ring_k.dtype)
+    return qkv.new_empty((*qkv.shape[:2], *ring.shape[2:]), dtype=ring.dtype)
 
 
 @torch.library.custom_op("kinora::qkv_norm_rope_fp8", mutates_args=("ring_k8", "ring_v"))
@@ -292,22 +284,7 @@ def _qkv_norm_rope_fp8_op(
     return out
 
 
-@_qkv_norm_rope_fp8_op.register_fake
-def _(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor | None,
-    ring_k8: Tensor,
-    ring_v: Tensor | None,
-    write: Tensor,
-    scale_q: Tensor,
-    scale_k: Tensor,
-    slots: list[int],
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], *ring_k8.shape[2:]), dtype=E4M3)
+_qkv_norm_rope_fp8_op.register_fake(_fake_queries)
 
 
 @torch.library.custom_op("kinora::rotate_rows_into", mutates_args=("out",))
@@ -319,9 +296,7 @@ def _rotate_rows_into_op(x: Tensor, rope: Tensor | None, out: Tensor, scale: Ten
         out[:, : x.shape[1]] = turned if scale is None else quantize_heads(turned, scale)
 
 
-@_rotate_rows_into_op.register_fake
-def _(x: Tensor, rope: Tensor | None, out: Tensor, scale: Tensor | None) -> None:
-    return None
+_rotate_rows_into_op.register_fake(lambda *_: None)
 
 
 def _block_inputs(
