@@ -250,9 +250,9 @@ def _silu_op(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> Tensor:
     _check_gamma(x, gamma)
     rows = _channels_last(x)
     y = torch.empty_like(rows, dtype=out_dtype)
-    picture = (1, 1, -1, *rows.shape[-2:])  # all that comes before the last axis of pixels counts as rows
     if rows.numel():
-        launch(rows.view(picture), gamma.contiguous(), None, None, y.view(picture), silu=True)
+        column = (1, 1, -1, 1, x.shape[1])  # pixels as rows of one column
+        launch(rows.view(column), gamma.contiguous(), None, None, y.view(column), silu=True)
     return y.movedim(-1, 1)
 
 
