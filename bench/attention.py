@@ -1,93 +1,41 @@
 """Attention and the query/key path at the real shapes of LiveAvatar 14B, on one GPU.
 
     python -m kinora.bench.attention                 # check, time, compare; under four minutes on an H200
+    python -m kinora.bench.attention --only qk       # one part: qk, self, cross or training
     python -m kinora.bench.attention --no-sweep      # without trying tile sizes
     python -m kinora.bench.attention --json F.json   # keep every number
 
 Each kernel is checked first (fresh random inputs, poisoned outputs and caches, relative L2 against float32); one that
-fails is reported as FAIL and not timed. Times are medians of CUDA events. The last lines are one table, and the entries
-for `kernels/attention_table.py`.
+fails is reported as FAIL and not timed. Times are medians: of replays of a CUDA graph for the query/key path, whose
+kernels are shorter than a launch from Python, of single launches for the others. The last lines are one table, and the
+entries for `kernels/attention_table.py`.
 """
 
 import argparse
 import json
 import math
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 
-from ..kernels import attention_backward, attention_forward, attention_fp8, attention_table, qk_rows
+from ..kernels import attention_backward, attention_forward, attention_fp8, attention_table
 from ..kernels.attention_forward import Tiles
 from ..kernels.attention_fp8 import Values
-from ..kernels.kv_cache import qkv_norm_rope, qkv_norm_rope_fp8, rotate_rows_into
-from ..kernels.qk_norm_rope import apply_rope, head_norm, qk_norm_rope
-from ..kernels.qk_norm_rope import reference as qk_reference
 from ..kernels.rope_attention import rope_attention
+from . import attention_report as reporting
+from .attention_report import NAN, Report, Row, rate
 from .attention_stream import BF16, DEVICE, Shape, Stream, count, exact
 from .harness.check import relative_l2
+from .query_key import query_key_path, row_tiles
+from .rowwise import copy_rate
 
-NAN = float("nan")
-
-
-@dataclass
-class Row:
-    """A line of the table."""
-
-    name: str
-    error: float = NAN
-    bound: float = NAN
-    microseconds: float = NAN
-    rate: str = ""
-    note: str = ""
-
-
-class Report:
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def run(
-        self, name: str, bound: float, check: Callable[[], float], time: Callable[[], Any] | None, work: float
-    ) -> None:
-        """Check, then time. `work`: FLOPs if above 1e10 a byte count otherwise given as negative bytes."""
-        row = Row(name, bound=bound)
-        self.rows.append(row)
-        try:
-            row.error = check()
-            if not row.error <= bound:  # NaN fails
-                row.note = "FAIL"
-            elif time is not None:
-                row.microseconds = microseconds(time)
-                row.rate = rate(work, row.microseconds)
-        except Exception as error:
-            print(traceback.format_exc(limit=-4)[-1500:])
-            row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:60] if str(error) else ''}"
-        print(line(row), flush=True)
-
-    def table(self) -> str:
-        return "\n".join(line(row) for row in self.rows)
-
-
-def line(row: Row) -> str:
-    error = "" if math.isnan(row.error) else f"{row.error:.2e}"
-    time = "" if math.isnan(row.microseconds) else f"{row.microseconds:9.1f} us"
-    return f"{row.name:44s} {error:>9s} {time:>13s} {row.rate:>14s}  {row.note}"
-
-
-def rate(work: float, time: float) -> str:
-    """`work`: FLOPs, or minus the bytes moved."""
-    return f"{work / time / 1e6:7.1f} TFLOP/s" if work > 0 else f"{-work / time / 1e6:7.2f} TB/s"
-
-
-def microseconds(run: Callable[[], Any]) -> float:
-    return 1e3 * float(triton.testing.do_bench(run, warmup=30, rep=150, return_mode="median"))
+PARTS = ("qk", "self", "cross", "training")
 
 
 FORWARD = [
@@ -105,93 +53,11 @@ def sweep(name: str, tiles: Sequence[Tiles], run: Callable[[Tiles], Any], flops:
     readings: dict[Tiles, float] = {}
     for choice in tiles if enabled else []:
         try:
-            readings[choice] = microseconds(lambda choice=choice: run(choice))  # type: ignore[misc]
+            readings[choice] = reporting.microseconds(lambda choice=choice: run(choice))  # type: ignore[misc]
             print(f"  {name} {astuple(choice)}: {readings[choice]:.1f} us, {rate(flops, readings[choice])}", flush=True)
         except Exception as error:  # out of shared memory, or a compiler's refusal
             print(f"  {name} {astuple(choice)}: {type(error).__name__} {str(error)[:80]}", flush=True)
     return min(readings, key=lambda choice: readings[choice]) if readings else None
-
-
-def query_key_path(report: Report, x: Stream) -> None:
-    s, parts = x.shape, x.parts
-    qkv, weights, rope, write = parts["qkv"], parts["weights"], parts["rope"], parts["write"]
-    q, k, v = qkv.chunk(3, -1)
-    scale_q, scale_k = parts["scales"]
-    row = s.tokens * s.dim  # elements of q, of k, or of v
-    arguments = (qkv, weights[0], weights[1], rope)
-
-    def streaming() -> float:
-        cache = torch.full((2, 1, s.ring, s.heads, s.head_dim), NAN, device=DEVICE, dtype=BF16)
-        got = qkv_norm_rope(*arguments, cache[0], cache[1], write, s.heads)
-        want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
-        assert cache[:, :, s.tokens :].isnan().all(), "rows of other blocks were written"
-        assert torch.equal(cache[1, :, : s.tokens].flatten(2), v), "values are copied exactly"
-        return max(relative_l2(got, want[0]), relative_l2(cache[0, :, : s.tokens], want[1]))
-
-    def plain() -> float:
-        want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
-        got = qk_norm_rope(q, k, weights[0], weights[1], rope, s.heads)
-        return max(relative_l2(a, b) for a, b in zip(got, want, strict=True))
-
-    def single() -> float:
-        want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), None, s.heads)[0]
-        return relative_l2(head_norm(q, weights[0], s.heads), want)
-
-    def fp8() -> float:
-        cache = torch.full((1, s.tokens, s.heads, s.head_dim), 7.0, device=DEVICE).to(torch.float8_e4m3fn)
-        slots = qk_rows.Slots(1, s.tokens, s.tokens)
-        got = qkv_norm_rope_fp8(*arguments, cache, None, write, scale_q, scale_k, slots, s.heads)
-        want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), rope, s.heads)
-        pairs = zip((got, cache), (scale_q, scale_k), want, strict=True)
-        return max(relative_l2(y.float() / scale[:, None], w) for y, scale, w in pairs)
-
-    ring, mixed = parts["rings"]["fp8"], parts["rings"]["mixed"]
-    heads_v = v.unflatten(-1, (s.heads, s.head_dim))
-
-    def values() -> float:
-        ring.store_values(heads_v, write)
-        back = ring.with_length(count(s.tokens)).dequantize(torch.ones(s.heads, device=DEVICE))[1]
-        return relative_l2(back, heads_v)
-
-    def rotated() -> float:
-        out = torch.full_like(x.raw_k, NAN)
-        rotate_rows_into(x.raw_k, x.rope, out)
-        return relative_l2(out, apply_rope(x.raw_k, x.rope, torch.float32))
-
-    def rotated_fp8() -> float:
-        out = torch.full_like(x.raw_k, 7.0).to(torch.float8_e4m3fn)
-        rotate_rows_into(x.raw_k, x.rope, out, scale_k)
-        return relative_l2(out.float() / scale_k[:, None], apply_rope(x.raw_k, x.rope, torch.float32))
-
-    def mixed_values() -> float:
-        write_mixed()
-        assert torch.equal(mixed.v[:, : s.tokens].flatten(2), v), "values are copied exactly"
-        return fp8()
-
-    moved, table = x.raw_k[:, : s.moving], x.rope[: s.moving]
-    out, out8 = torch.empty_like(moved), torch.empty_like(moved, dtype=torch.float8_e4m3fn)
-    ring_k, ring_v = x.joined.ring
-    write_bf16 = partial(qkv_norm_rope, *arguments, ring_k, ring_v, write, s.heads)
-    write_fp8 = partial(qkv_norm_rope_fp8, *arguments, ring.k8, None, write, scale_q, scale_k, ring.slots, s.heads)
-    write_mixed = partial(
-        qkv_norm_rope_fp8, *arguments, mixed.k8, mixed.v, write, scale_q, scale_k, ring.slots, s.heads
-    )
-    run = report.run
-    chosen = qk_rows.NUM_WARPS
-    for warps in (4, 8, 16):
-        qk_rows.NUM_WARPS = warps
-        run(f"qkv_norm_rope bf16, {warps} warps", 1e-2, streaming, write_bf16, -12.0 * row)
-    qk_rows.NUM_WARPS = chosen
-    run("qkv_norm_rope fp8 (q, k)", 4e-2, fp8, write_fp8, -6.0 * row)
-    run("qkv_norm_rope mixed (q, k fp8, v bf16)", 4e-2, mixed_values, write_mixed, -10.0 * row)
-    run("store_values_fp8", 4e-2, values, lambda: ring.store_values(heads_v, write), -3.0 * row)
-    run("qk_norm_rope bf16", 1e-2, plain, lambda: qk_norm_rope(q, k, weights[0], weights[1], rope, s.heads), -8.0 * row)
-    run("head_norm bf16 (text queries)", 1e-2, single, lambda: head_norm(q, weights[0], s.heads), -4.0 * row)
-    everything = partial(rotate_rows_into, x.raw_k, x.rope, x.joined.condition[0])
-    run("rotate_rows_into, all condition keys, bf16", 1e-2, rotated, everything, -4.0 * x.raw_k.numel())
-    reference, reference8 = (partial(rotate_rows_into, moved, table, *to) for to in ((out,), (out8, scale_k)))
-    run("rotate_rows_into, reference keys, bf16", 1e-2, rotated, reference, -4.0 * moved.numel())
-    run("rotate_rows_into, reference keys, fp8", 4e-2, rotated_fp8, reference8, -3.0 * moved.numel())
 
 
 def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
@@ -209,7 +75,7 @@ def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
     best = sweep("bf16", FORWARD, lambda tiles: forward(tiles, keys, values), s.flops, sweeping)
     attempt(f"triton bf16, 2 segments {best and astuple(best)}", 1e-2, forward, best, keys, values)
     attempt("triton bf16, joined cache", 1e-2, forward, best, [x.joined.k], [x.joined.v])
-    attempt("triton bf16, condition rotated on load", 1e-2, forward, best, [keys[0], x.raw_k], values, x.rope)
+    attempt("triton bf16, condition rotated on load", 1e-2, forward, None, [keys[0], x.raw_k], values, x.rope)
     bounds: tuple[tuple[Values, float], ...] = (("mixed", 6e-2), ("fp8", 7e-2))
     for mode, bound in bounds:
         fp8 = partial(attention_fp8.attention_fp8, x.q8, x.segments[mode], x.qk_descale)
@@ -354,6 +220,7 @@ def graph_capture(report: Report, x: Stream) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given several times")
     parser.add_argument("--no-sweep", action="store_true", help="time only the chosen tiles")
     parser.add_argument("--json", type=Path, help="write every row here")
     options = parser.parse_args(arguments)
@@ -363,16 +230,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
     report = Report()
     shape = Shape()
+    parts = options.only or PARTS
     with torch.inference_mode():
-        stream = Stream.draw(shape)
-        query_key_path(report, stream)
-        stream = Stream.draw(shape)
-        self_attention(report, stream, not options.no_sweep)
-        graph_capture(report, stream)
-        del stream
-        other_attention(report, shape)
-    training(report, BF16, 2e-2, 4096, (4096, 512))
-    training(report, torch.float32, 1e-4, 2048, (2048, 512))
+        if "qk" in parts:
+            rate_of_copies = copy_rate()
+            print(f"device copy: {rate_of_copies / 1e6:.2f} TB/s", flush=True)
+            stream = Stream.draw(shape)
+            query_key_path(report, stream, rate_of_copies)
+            if not options.no_sweep:
+                row_tiles(stream)
+        if "self" in parts:
+            stream = Stream.draw(shape)
+            self_attention(report, stream, not options.no_sweep)
+            graph_capture(report, stream)
+            del stream
+        if "cross" in parts:
+            other_attention(report, shape)
+    if "training" in parts:
+        training(report, BF16, 2e-2, 4096, (4096, 512))
+        training(report, torch.float32, 1e-4, 2048, (2048, 512))
     print(f"\n{'kernel':44s} {'rel. L2':>9s} {'median':>13s} {'rate':>14s}")
     print(report.table())
     if options.json:

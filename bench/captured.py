@@ -1,11 +1,9 @@
 """Where the variant "kinora" comes from: the one place that knows the fast path's entry points.
 
-`graphs.capture` makes a whole denoising block one CUDA graph; what it returns takes the place of
-`runtime.placement.single.SingleDevice` (`condition`, `denoise`). `graphs.rewrite.wan_vae` makes the VAE's streams such
-graphs; `FastVae` gives them the interface of `WanVae`.
+`runtime.placement.captured` makes a whole denoising block one CUDA graph, in place of `placement.single`.
+`graphs.rewrite.wan_vae` makes the VAE's streams such graphs; `FastVae` gives them the interface of `WanVae`.
 """
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +11,8 @@ from torch import Tensor
 
 from ..graphs.models.liveavatar import LiveAvatar
 from ..graphs.models.wan_vae import DecoderState, EncoderState, WanVae
+from ..graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
+from ..runtime.placement.captured import CapturedBlock
 from ..runtime.systems.liveavatar import Denoiser
 from ..runtime.systems.liveavatar_mode import GenerationMode
 from .harness.run import Unavailable
@@ -21,28 +21,21 @@ LATENTS = 3  # latent frames of a block: what a step of the captured VAE takes
 
 
 def captured_block(dit: LiveAvatar, prompt: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Denoiser:
-    """As `SingleDevice(dit, prompt, mode, grid)`, captured. Unavailable in a build without it, or without a GPU."""
-    make = _entry("..graphs.capture", "CapturedBlock", dit.device)
-    made: Denoiser = make(dit, prompt, mode, grid)
-    return made
+    """As `SingleDevice(dit, prompt, mode, grid)`, captured. Unavailable without a GPU."""
+    _need_gpu("CapturedBlock", dit.device)
+    return CapturedBlock(dit, prompt, mode, grid)
 
 
 def fast_vae(vae: WanVae) -> WanVae:
-    """The VAE with captured streams. Unavailable in a build without them, or without a GPU."""
-    device = next(vae.parameters()).device
-    entries = (_entry("..graphs.rewrite.wan_vae", name, device) for name in ("StreamingDecoder", "StreamingEncoder"))
-    made: Any = FastVae(vae, *entries)
+    """The VAE with captured streams. Unavailable without a GPU."""
+    _need_gpu("FastVae", next(vae.parameters()).device)
+    made: Any = FastVae(vae, StreamingDecoder, StreamingEncoder)
     return made
 
 
-def _entry(module: str, name: str, device: torch.device) -> Any:
-    try:
-        found = getattr(import_module(module, __package__), name)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(f"this build has no {name} ({error})") from error
+def _need_gpu(name: str, device: torch.device) -> None:
     if device.type != "cuda":
         raise Unavailable(f"{name} is captured as a CUDA graph; there is no GPU here")
-    return found
 
 
 class FastVae:

@@ -1,8 +1,8 @@
 """Check and time the row-wise kernels and the FP8 products on a GPU: `python -m kinora.bench.rowwise [--no-sweep]`.
 
 Every op first computes each of its real cases beside its reference, from fresh inputs, into memory poisoned with NaN;
-gradients likewise. Then it is timed on several sets of inputs in turn, so that the L2 cache does not hold them, without
-launch overhead. `floor` is the time of a device copy of the same bytes in the same run.
+gradients likewise. Then a CUDA graph calls it on several sets of inputs in turn, so that the L2 cache does not hold
+them, and the median replay is the time. `floor` is the time of a device copy of the same bytes in the same run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ..kernels.row_norm_backward import launch as backward
 from ..kernels.rows import Tile, tile
 from .fp8_gemm import products_table, small_m
 from .harness.check import gradients, in_float32, poisoned, relative_l2
-from .harness.timing import Timer
+from .harness.timing import replayed
 from .ops import check_case
 
 OPS = (
@@ -45,9 +45,9 @@ SETS = 4  # of inputs: four times the smallest case outgrow the L2 cache
 DEVICE = torch.device("cuda")
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], samples: int = 30) -> float:
-    """Median time of one call without launch overhead."""
-    return 1e6 * Timer(DEVICE, run_seconds=0.02, most=samples, queue_ahead=True)(calls).seconds
+def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float:
+    """Median time of one call in a CUDA graph of all of them."""
+    return 1e6 * replayed(calls, replays)
 
 
 def check(op: Op, case: Case) -> tuple[float, bool]:

@@ -165,13 +165,15 @@ def _forward_kernel(
     tl.store(lse_ptr + (batch * heads + head) * queries + tokens, lse, mask=present)
 
 
-def choose_tiles(dtype: torch.dtype, head_dim: int, keys: int) -> Tiles:
+def choose_tiles(dtype: torch.dtype, head_dim: int, keys: int, on_load: bool = False) -> Tiles:
     """Tiles for Hopper; few keys (the audio tokens of a frame) take the smallest key tile that holds them."""
     if keys <= 32:
         return Tiles(64, 32, 4, 1)
     if dtype == torch.float32:
         return Tiles(64, 32, 4, 1)
-    return Tiles(128, 128, 8, 2) if head_dim >= 64 else Tiles(128, 64, 4, 3)
+    if head_dim < 64:
+        return Tiles(128, 64, 4, 3)
+    return Tiles(128, 128, 8, 2 if on_load else 3)  # the table of a rotation on load takes the third stage's memory
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -201,7 +203,8 @@ def forward(
     q = dense(q)
     keys, values = [dense(k) for k in keys], [dense(v) for v in values]
     tables = [None if r is None else r.float().contiguous() for r in ropes]
-    tiles = tiles or choose_tiles(values[0].dtype, head_dim, sum(k.shape[1] for k in keys))
+    on_load = any(table is not None for table in tables)
+    tiles = tiles or choose_tiles(values[0].dtype, head_dim, sum(k.shape[1] for k in keys), on_load)
     _forward_kernel[(triton.cdiv(queries, tiles.block_m), batch * heads)](
         q,
         tuple(keys),

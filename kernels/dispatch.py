@@ -38,6 +38,11 @@ def fused(*tensors: Tensor | None) -> bool:
     return triton_runs(*tensors) if _choice is None else _choice
 
 
+def tracing() -> bool:
+    """Whether registered ops are wanted everywhere, as a tracer wants them: plain functions then are one node too."""
+    return _choice is True
+
+
 @contextmanager
 def using(registered: bool) -> Iterator[None]:
     """Force the registered ops (True) or the plain references (False) in this process, for example while tracing."""

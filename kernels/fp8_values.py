@@ -3,7 +3,8 @@
     descale[b, slot, h, c] = max(amax of the slot's rows, 1e-12) / 448;  v8[b, h, c, row] = e4m3(v / descale)
 
 A block fills one whole slot, so its scales are its own and nothing stored before is touched. Two launches: partial
-maxima, then maxima, scaling and transposition; both deterministic, the second read comes from the L2 cache.
+maxima, then maxima, scaling and transposition; both deterministic. The second goes through the heads backwards, so that
+it begins with what the first left in the L2 cache.
 
 Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d, S] e4m3; descale float32
 [B, slots, H, d]; `write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for
@@ -29,11 +30,12 @@ ROWS = 128  # rows of a tile; the stride of a slot is a multiple of it
 @triton.jit
 def _amax_kernel(v_ptr, partial_ptr, strides, tokens, heads, D: tl.constexpr, BLOCK: tl.constexpr):
     """Maxima of |v| over a tile of rows, [B, tiles, H, d]."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    # neighbouring programs read neighbouring heads of the same rows
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    rows, dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
     tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
     v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32)
-    place = ((batch * tl.num_programs(0) + tl.program_id(0)) * heads + head) * D + dims
+    place = ((batch * tl.num_programs(1) + tl.program_id(1)) * heads + head) * D + dims
     tl.store(partial_ptr + place, tl.max(tl.abs(v), 0))
 
 
@@ -55,17 +57,20 @@ def _store_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    last = tl.num_programs(1) - 1 - tl.program_id(1)
+    batch, head = (last // heads).to(tl.int64), last % heads
     rows, dims, parts = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, TILES)
+    tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
+    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0)
     slot = 0
     if write_ptr is not None:
         slot = tl.load(write_ptr).to(tl.int32) // slot_rows
     partial = partial_ptr + ((batch * tiles + parts[:, None]) * heads + head) * D + dims[None, :]
     amax = tl.max(tl.load(partial, mask=(parts < tiles)[:, None], other=0.0), 0)  # [d]
     descale = tl.maximum(amax, AMAX_FLOOR) / FP8_MAX
-    tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
-    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32) / descale[None, :]
-    v8 = tl.clamp(v, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    v8 = tl.clamp(v.to(tl.float32) / descale[None, :], -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(
+        tl.float8e4nv
+    )
     inside = (slot >= 0) & (slot < slot_count)
     length = (slot_count * slot_stride).to(tl.int64)  # rows of the buffer
     start = tl.cast(slot, tl.int64) * slot_stride + tl.program_id(0) * BLOCK
@@ -114,9 +119,8 @@ def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor |
     v = v if v.stride(3) == 1 else v.contiguous()
     tiles = layout.stride // ROWS
     partial = torch.empty((batch, tiles, heads, head_dim), dtype=torch.float32, device=v.device)
-    grid = (tiles, batch * heads)
-    _amax_kernel[grid](v, partial, v.stride()[:3], tokens, heads, D=head_dim, BLOCK=ROWS, num_warps=8)
-    _store_kernel[grid](
+    _amax_kernel[batch * heads, tiles](v, partial, v.stride()[:3], tokens, heads, D=head_dim, BLOCK=ROWS, num_warps=8)
+    _store_kernel[tiles, batch * heads](
         v,
         partial,
         v8,

@@ -11,13 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import autograd_by_reference, tracing
+
 HALF = (torch.float16, torch.bfloat16)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` in the dtype of `weight`, rounded once."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.to(weight.dtype)
     if weight.dtype in HALF and x.device.type == "cpu":
         y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(weight.dtype)
     return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("kinora::linear", mutates_args=())
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias)
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype)
+
+
+autograd_by_reference(_op, _linear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype of `weight`, rounded once; one node for a tracer."""
+    return _op(x, weight, bias) if tracing() else _linear(x, weight, bias)

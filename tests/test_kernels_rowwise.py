@@ -203,6 +203,21 @@ def test_registration() -> None:
         torch.library.opcheck(op.default, args)
 
 
+def test_layer_norm_and_linear_are_one_node_with_gradients() -> None:
+    x = torch.randn(5, 2, 20).transpose(0, 1).requires_grad_()
+    weight, bias = torch.randn(20).requires_grad_(), torch.randn(20).requires_grad_()
+    torch.library.opcheck(torch.ops.kinora.layer_norm.default, (x, weight, bias, 1e-6))
+    torch.library.opcheck(torch.ops.kinora.layer_norm.default, (x, None, None, 1e-6))
+    matrix = torch.randn(8, 20).requires_grad_()
+    torch.library.opcheck(torch.ops.kinora.linear.default, (x, matrix, None))
+    for run, given in ((ops.layer_norm, (x, weight, bias)), (ops.linear, (x, matrix, bias[:8]))):
+        plain = torch.autograd.grad(run(*given).square().sum(), given)
+        with using(True):
+            registered = torch.autograd.grad(run(*given).square().sum(), given)
+        for found, wanted in zip(registered, plain, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_errors(kernel_device: torch.device) -> None:
     x = torch.randn(2, 6, 20, device=kernel_device)
     one = torch.randn(2, 1, 20, device=kernel_device)

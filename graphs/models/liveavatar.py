@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .layers import Linear, PatchConv, mlp, set_compute_dtype, sinusoid, unpatchify
 from .liveavatar_audio import AUDIO_FRAMES_PER_LATENT, AudioInjector, AudioState, CausalAudioEncoder
 from .liveavatar_block import Block, ClipRope, Head
-from .liveavatar_cache import ConditionCache, KeyValue, LayerMemory, RollingCache, condition_table
+from .liveavatar_cache import ConditionCache, KeyValue, LayerMemory, Memory, RollingCache, condition_table
 from .liveavatar_config import LIVEAVATAR_14B, LiveAvatarConfig
 from .liveavatar_motion import FramePacker
 from .liveavatar_rope import frame_table, ref_shift, segment_table
@@ -191,7 +191,7 @@ class LiveAvatar(nn.Module):
             return x
         return self.audio_injector(index, x, audio.layers[index], audio.local.shape[1], mask)
 
-    def _token_mask(
+    def token_mask(
         self, audio: AudioState, actor_mask: Tensor | None, frames: int, grid: tuple[int, int]
     ) -> Tensor | None:
         """Actor mask [A, >=F, h/2, w/2, 1] -> one value a noisy token [A, F*P]: its first F frames (2.8)."""
@@ -270,10 +270,30 @@ class LiveAvatar(nn.Module):
             )
         slot = cache.slot(start_frame, frames, self.config.local_attn_size)
         rope, condition_rope = self.noisy_rope(start_frame, frames, grid), condition.rope(ref_shift)
-        mask = self._token_mask(audio, actor_mask, frames, grid)
+        mask = self.token_mask(audio, actor_mask, frames, grid)
+        memories = [
+            LayerMemory(KeyValue(cache.k[i], cache.v[i]), slot, condition.layers[i], condition_rope)
+            for i in range(len(self.layers))
+        ]
+        return self.stream_block(x, time, text, audio, memories, rope, cond_states=cond_states, mask=mask)
+
+    def stream_block(
+        self,
+        x: Tensor,
+        time: TimeState,
+        text: TextState,
+        audio: AudioState,
+        memories: Sequence[Memory],
+        rope: Tensor,
+        *,
+        cond_states: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`forward_block` with everything that depends on the place in the stream given: each layer's memory, the
+        rotary table of the block [L, d/2, 2], the actor mask per token [A, L]."""
+        grid, frames = self._grid(x, "x"), x.shape[2]
         tokens = self.embed_noisy(x, cond_states)
-        for i, block in enumerate(self.layers):
-            memory = LayerMemory(KeyValue(cache.k[i], cache.v[i]), slot, condition.layers[i], condition_rope)
+        for i, (block, memory) in enumerate(zip(self.layers, memories, strict=True)):
             attend = partial(block.self_attn.stream, rope=rope, memory=memory)
             tokens = block(tokens, time.e0, text.layers[i], attend)
             tokens = self.inject_audio(i, tokens, audio, mask)
@@ -327,7 +347,7 @@ class LiveAvatar(nn.Module):
         if t.ndim != 2 or t.shape[1] != frames or t.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"t has shape {tuple(t.shape)}; one time per frame is needed: {(x.shape[0], frames)}")
         text, sound = self.embed_text(context), self.encode_audio(audio, per_block=audio_per_block)
-        token_mask = self._token_mask(sound, actor_mask, frames, grid)
+        token_mask = self.token_mask(sound, actor_mask, frames, grid)
         reference, motion, motion_rope = self.embed_condition(ref_latents, motion_latents, add_last_motion)
         noisy = self.embed_noisy(x, cond_states)
         tokens = torch.cat((noisy, reference, motion + self._mask_row(MOTION, motion.dtype)), 1)  # [B, N + C, D]

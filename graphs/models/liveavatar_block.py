@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from .layers import LayerNorm, Linear, RmsNorm, mlp
-from .liveavatar_cache import KeyValue, LayerMemory
+from .liveavatar_cache import KeyValue, Memory, Projected
 
 
 class Attention(nn.Module):
@@ -39,7 +39,7 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, context: KeyValue) -> Tensor:
         """x [B, L, D]; a context of batch 1 is shared by all samples."""
         k, v = (part.expand(x.shape[0], -1, -1, -1) for part in context)
-        q = self.heads(self.norm_q(self.q(x)))
+        q = ops.head_norm(self.q(x), self.norm_q.weight, self.num_heads, eps=self.eps)
         return self.o(ops.rope_attention(q, [k], [v]).flatten(2))
 
 
@@ -86,13 +86,11 @@ class SelfAttention(Attention):
         store(KeyValue(k, v))
         return self.o(ops.rope_attention(ops.apply_rope(q, rope), [k], [v], ropes=[rope]).flatten(2))
 
-    def stream(self, x: Tensor, rope: Tensor, memory: LayerMemory) -> Tensor:
-        """One block of a stream: write its rotated keys to the ring, attend the ring and the condition tokens."""
-        q, k, v = self._project(x, rope)
-        memory.write(k, v)
-        ring, condition = memory.active(), memory.condition
-        out = ops.rope_attention(q, [ring.k, condition.k], [ring.v, condition.v], ropes=[None, memory.condition_rope])
-        return self.o(out.flatten(2))
+    def stream(self, x: Tensor, rope: Tensor, memory: Memory) -> Tensor:
+        """One block of a stream: its keys and values go into the memory, its queries attend all that is there."""
+        weights = self.norm_q.weight, self.norm_k.weight
+        projected = Projected(self.q(x), self.k(x), self.v(x), *weights, self.num_heads, self.eps)
+        return self.o(memory.attend(projected, rope).flatten(2))
 
 
 class Modulation(NamedTuple):

@@ -4,11 +4,12 @@ Legend: S ring rows, C condition tokens, H heads, d head size (liveavatar.md, 2.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ...kernels import ops
 from .liveavatar_config import LiveAvatarConfig
 from .liveavatar_rope import REFERENCE_FRAME, frame_table
 
@@ -111,6 +112,30 @@ def condition_table(
     return torch.cat((reference, motion), -3)
 
 
+class Projected(NamedTuple):
+    """Queries, keys and values [B, L, D] of a block as they leave their projections, and how they are normed."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weight_q: Tensor
+    weight_k: Tensor
+    num_heads: int
+    eps: float
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # [B, L, H, d]
+
+
+class Memory(Protocol):
+    """One layer's past in a streaming call: takes in the block's keys and values and attends all that it holds.
+
+    `LayerMemory` is the plain one; `liveavatar_memory` has those with static buffers and device-side lengths.
+    """
+
+    def attend(self, projected: Projected, rope: Tensor) -> Tensor: ...
+
+
 class LayerMemory(NamedTuple):
     """What one layer attends during a streaming call: its ring [B, S, H, d] and its condition keys, rotated on load."""
 
@@ -129,3 +154,15 @@ class LayerMemory(NamedTuple):
         """The ring rows in sight [B, end - first, H, d]."""
         rows = slice(self.slot.first, self.slot.end)
         return KeyValue(self.ring.k[:, rows], self.ring.v[:, rows])
+
+    def attend(self, projected: "Projected", rope: Tensor) -> Tensor:
+        """Write the block's rotated keys to the ring, then attend the ring and the condition tokens; [B, L, H, d]."""
+        v = projected.heads(projected.v)
+        q, k = ops.qk_norm_rope(
+            projected.q, projected.k, projected.weight_q, projected.weight_k, rope, projected.num_heads, projected.eps,
+            v.dtype,
+        )  # fmt: skip
+        self.write(k, v)
+        ring = self.active()
+        keys, values = [ring.k, self.condition.k], [ring.v, self.condition.v]
+        return ops.rope_attention(q, keys, values, ropes=[None, self.condition_rope])

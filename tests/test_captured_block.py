@@ -1,0 +1,128 @@
+"""The compiled block against the plain steps: growing and rolling ring, conditions, poses, several speakers, FP8."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from kinora.graphs.models.liveavatar_memory import RingFormat
+from kinora.graphs.quantize import quantize_linears
+from kinora.graphs.rewrite.recipe import NothingMatched, Recipe
+from kinora.runtime.placement.captured import CapturedBlock
+from kinora.runtime.placement.single import SingleDevice
+from kinora.runtime.systems.liveavatar_mode import GenerationMode
+from kinora.runtime.systems.liveavatar_step import BlockInputs
+from torch import Tensor
+
+GRID = (8, 4)  # latent rows, columns
+CONFIG = LiveAvatarConfig(
+    dim=128, ffn_dim=192, num_heads=2, num_layers=3, text_dim=16, text_len=8, audio_dim=32, audio_layers=3,
+    audio_inject_layers=(0, 2),
+)  # fmt: skip
+MODE = GenerationMode(steps=2, cache_latents=6)
+
+
+def model(dtype: torch.dtype) -> LiveAvatar:
+    torch.manual_seed(0)
+    dit = LiveAvatar(CONFIG).eval().requires_grad_(False)
+    for parameter in dit.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
+    return dit.to(dtype)
+
+
+def latents(frames: int) -> Tensor:
+    return torch.randn(1, 16, frames, *GRID)
+
+
+def blocks(count: int, actors: int = 1, pose: bool = False) -> list[tuple[Tensor, BlockInputs]]:
+    mask = None if actors == 1 else torch.rand(actors, 12, GRID[0] // 2, GRID[1] // 2, 1)
+    return [
+        (
+            latents(3),
+            BlockInputs(index, torch.randn(actors, 3, 32, 12), (5 + index, 9), latents(3) if pose else None, mask),
+        )
+        for index in range(count)
+    ]
+
+
+def run(
+    denoiser: SingleDevice | CapturedBlock, inputs: Sequence[tuple[Tensor, BlockInputs]], dit: LiveAvatar
+) -> Tensor:
+    torch.manual_seed(1)
+    made = []
+    denoiser.condition(latents(1), latents(5))
+    for x, block in inputs:
+        if block.index == 5:
+            denoiser.condition(latents(1), latents(5))
+        made.append(denoiser.denoise(x.to(dit.dtype), block).float())
+    return torch.cat(made)
+
+
+def both(dit: LiveAvatar, inputs: Sequence[tuple[Tensor, BlockInputs]], **options: object) -> tuple[Tensor, Tensor]:
+    prompt = torch.randn(5, 16)
+    plain = SingleDevice(dit, prompt, MODE, GRID)
+    compiled = CapturedBlock(dit, prompt, MODE, GRID, **options)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        return run(compiled, inputs, dit), run(plain, inputs, dit)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("actors", "pose"), [(1, False), (1, True), (2, False)])
+def test_float32_is_the_plain_stream(actors: int, pose: bool) -> None:
+    dit = model(torch.float32)
+    found, wanted = both(dit, blocks(7, actors, pose))
+    assert error(found, wanted) < 1e-5
+
+
+def test_bfloat16_keeps_every_rounding_point() -> None:
+    found, wanted = both(model(torch.bfloat16), blocks(4))
+    assert error(found, wanted) < 2e-3  # the caches join their segments in another order
+
+
+@pytest.mark.parametrize("values", ["fp8", "mixed"])
+def test_fp8_caches_and_layers_stay_close(values: str) -> None:
+    dit = model(torch.bfloat16)
+    quantize_linears(dit, granularity="row")
+    found, wanted = both(dit, blocks(5), ring=RingFormat(torch.bfloat16, values))  # type: ignore[arg-type]
+    assert 0 < error(found, wanted) < 5e-2
+
+
+def test_the_compiler_quantises_like_the_model() -> None:
+    """A recipe with `fp8` gives what a model whose layers were swapped before gives."""
+    inputs = blocks(3)
+    dit = model(torch.bfloat16)
+    compiled = CapturedBlock(dit, torch.ones(5, 16), MODE, GRID, recipe=Recipe(fp8=True, expect=("quantise", "emit")))
+    quantised = model(torch.bfloat16)
+    quantize_linears(quantised, granularity="row")
+    ring = RingFormat(torch.bfloat16, None)
+    with torch.inference_mode():
+        found = run(compiled, inputs, dit)
+        wanted = run(CapturedBlock(quantised, torch.ones(5, 16), MODE, GRID, ring=ring), inputs, quantised)
+    assert error(found, wanted) < 5e-2  # audio, text and condition are quantised in the second only
+
+
+def test_passes_report_and_missing_matches_are_errors() -> None:
+    dit = model(torch.float32)
+    compiled = CapturedBlock(dit, torch.randn(5, 16), MODE, GRID)
+    with torch.inference_mode():
+        run(compiled, blocks(1), dit)
+    assert compiled.program is not None
+    matches = {report.name: report.matches for report in compiled.program.reports}
+    assert matches["concatenate"] == CONFIG.num_layers
+    assert matches["fuse"] == 2 * CONFIG.num_layers + CONFIG.num_layers  # two inside a block, one between or behind
+    with pytest.raises(NothingMatched, match="emit"), torch.inference_mode():
+        run(CapturedBlock(dit, torch.randn(5, 16), MODE, GRID, recipe=Recipe(expect=("emit",))), blocks(1), dit)
+
+
+def test_another_shape_needs_a_new_stream() -> None:
+    dit = model(torch.float32)
+    compiled = CapturedBlock(dit, torch.randn(5, 16), MODE, GRID)
+    with torch.inference_mode():
+        run(compiled, blocks(1), dit)
+        with pytest.raises(ValueError, match="new stream"):
+            compiled.denoise(*blocks(1, pose=True)[0])
+    with pytest.raises(RuntimeError, match="condition"):
+        CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).denoise(*blocks(1)[0])
