@@ -30,7 +30,8 @@ from ..kernels.attention_fp8 import Values
 from ..kernels.rope_attention import rope_attention
 from . import attention_report as reporting
 from .attention_report import NAN, Report, Row, rate
-from .attention_stream import BF16, DEVICE, Shape, Stream, count, exact, relative
+from .attention_stream import BF16, DEVICE, Shape, Stream, count, exact
+from .harness.check import relative_l2
 from .query_key import query_key_path, row_tiles
 from .rowwise import copy_rate
 
@@ -65,7 +66,7 @@ def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
 
     def attempt(name: str, bound: float, call: Callable[..., Tensor], *arguments: Any) -> None:
         run = partial(call, *arguments)
-        report.run(name, bound, lambda: relative(run(), want), run, s.flops)
+        report.run(name, bound, lambda: relative_l2(run(), want), run, s.flops)
 
     def forward(tiles: Tiles | None, k: list[Tensor], v: list[Tensor], rope: Tensor | None = None) -> Tensor:
         lengths = [x.length, None][: len(k)] if len(k) > 1 else [None]
@@ -126,7 +127,7 @@ def cudnn_frontend(report: Report, x: Stream, want: Tensor) -> None:
     def check() -> float:
         build()
         state["run"]()
-        return relative(out.float().transpose(1, 2) / 256, want)
+        return relative_l2(out.float().transpose(1, 2) / 256, want)
 
     report.run("cudnn-frontend fp8 (one scale a tensor)", 8e-2, check, lambda: state["run"](), x.shape.flops)
 
@@ -159,7 +160,7 @@ def other_attention(report: Report, s: Shape) -> None:
 
 
 def first_error(run: Callable[[], tuple[Tensor, Tensor]], want: Tensor) -> float:
-    return relative(run()[0], want)
+    return relative_l2(run()[0], want)
 
 
 def training(report: Report, dtype: torch.dtype, bound: float, queries: int, keys: tuple[int, int]) -> None:
@@ -179,7 +180,7 @@ def training(report: Report, dtype: torch.dtype, bound: float, queries: int, key
         p = (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1)
         out = torch.einsum("bhqk,bkhd->bqhd", p, torch.cat(wide[3:], 1))
         wanted = torch.autograd.grad(out, wide, weights.float())
-        return max(relative(a, b) for a, b in zip(found, wanted, strict=True))
+        return max(relative_l2(a, b) for a, b in zip(found, wanted, strict=True))
 
     none = [None, None]
     q, k, v = leaves[0].detach(), [t.detach() for t in leaves[1:3]], [t.detach() for t in leaves[3:]]
@@ -211,7 +212,7 @@ def graph_capture(report: Report, x: Stream) -> None:
             graph.replay()
             first = x.shape.condition
             k, v = (torch.cat((t[:, :first], t[:, first : first + rows]), 1) for t in (x.joined.k, x.joined.v))
-            worst = max(worst, relative(out, exact(x.q, k, v)))
+            worst = max(worst, relative_l2(out, exact(x.q, k, v)))
         return worst
 
     report.run("one graph, three ring lengths", 1e-2, check, None, 0)

@@ -37,11 +37,6 @@ class Shape:
         return 4 * self.tokens * (self.ring + self.condition) * self.dim
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.float(), wanted.float()
-    return float((found - wanted).norm() / wanted.norm())
-
-
 def table_of(rows: int, head_dim: int) -> Tensor:
     angle = torch.randn(rows, head_dim // 2, device=DEVICE)
     return torch.stack((angle.cos(), angle.sin()), -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels import fp8_matmul
 from ..kernels.fp8_gemm import GemmTile, fp8_gemm
 from ..kernels.quantize_rows import quantize_fp8
+from .harness.check import relative_l2
 
 SHAPES = ((15360, 5120), (5120, 5120), (13824, 5120), (5120, 13824))  # (N, K) of LiveAvatar 14B
 TILES = (
@@ -32,10 +33,6 @@ def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return x8, descale, weight8, weight_descale, torch.randn(n, device=device).to(torch.bfloat16)
 
 
-def error(result: Tensor, expected: Tensor) -> float:
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def products_table(microseconds: Callable[..., float], tokens: int = 3168) -> int:
     """Check and time both at every shape; the number of failures."""
     failures = 0
@@ -50,7 +47,7 @@ def products_table(microseconds: Callable[..., float], tokens: int = 3168) -> in
         print(f"M {tokens}, N {n}, K {k}: us, TFLOP/s, error")
         for name, run in subjects.items():
             try:
-                off = error(run(*sets[0]), expected)
+                off = relative_l2(run(*sets[0]), expected)
                 time = microseconds([partial(run, *given) for given in sets])
             except Exception as reason:  # one tile that does not fit must not end the table
                 print(f"  {name:28s} {type(reason).__name__}: {str(reason).splitlines()[0][:80]}")
@@ -69,6 +66,6 @@ def small_m() -> None:
         y = torch._scaled_mm(
             x8, weight8.t(), descale, weight_descale.reshape(1, -1), bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        print(f"_scaled_mm takes 15 rows unpadded, error {error(y, expected):.1e}")
+        print(f"_scaled_mm takes 15 rows unpadded, error {relative_l2(y, expected):.1e}")
     except RuntimeError as reason:
         print(f"_scaled_mm refuses 15 rows unpadded: {str(reason).splitlines()[0]}")

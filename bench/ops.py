@@ -20,7 +20,7 @@ from ..kernels.cases import Case, Inputs, Op
 from ..kernels.dispatch import triton_runs, using
 from ..kernels.registry import registry
 from ..runtime.errors import InputError
-from .harness.check import tensors
+from .harness.check import Check, poisoned, relative_l2, tensors
 from .harness.run import Bench, Expected, Ready, Work
 from .peers import library_calls
 
@@ -76,6 +76,14 @@ def _bench_case(bench: Bench, op: Op, case: Case, variants: Sequence[str]) -> No
         peers = bench.attempt(name, "library", lambda: library_calls(op.name, inputs)) or {}
         for peer, call in peers.items():
             measure(peer, partial(_library, call), note="a library's call on prepared inputs; not checked")
+
+
+def check_case(op: Op, case: Case, device: torch.device) -> Check:
+    """The op on fresh inputs, in memory that held NaN, against its reference in float32."""
+    inputs, expected = _reference(op, case, device)
+    with torch.no_grad(), poisoned():
+        result = _outcome(op.run, op, inputs)
+    return Check(relative_l2(result, expected.result), expected.tolerance)
 
 
 def _reference(op: Op, case: Case, device: torch.device) -> tuple[Inputs, Expected]:

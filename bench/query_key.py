@@ -13,7 +13,8 @@ from ..kernels.qk_rows import Part, Slots, prepare_rows
 from ..kernels.rows import Tile
 from . import attention_report as reporting
 from .attention_report import NAN, Report
-from .attention_stream import BF16, DEVICE, Stream, count, relative
+from .attention_stream import BF16, DEVICE, Stream, count
+from .harness.check import relative_l2
 
 TILES = (Tile(1024, 4), Tile(2048, 8), Tile(512, 2))
 E4M3 = torch.float8_e4m3fn
@@ -34,22 +35,22 @@ def query_key_path(report: Report, x: Stream, copy_rate: float) -> None:
         got = qkv_norm_rope(*arguments, cache[0], cache[1], write, s.heads)
         assert cache[:, :, s.tokens :].isnan().all(), "rows of other blocks were written"
         assert torch.equal(cache[1, :, : s.tokens].flatten(2), v), "values are copied exactly"
-        return max(relative(got, want_q), relative(cache[0, :, : s.tokens], want_k))
+        return max(relative_l2(got, want_q), relative_l2(cache[0, :, : s.tokens], want_k))
 
     def plain() -> float:
         got = qk_norm_rope(q, k, weights[0], weights[1], rope, s.heads)
-        return max(relative(a, b) for a, b in zip(got, (want_q, want_k), strict=True))
+        return max(relative_l2(a, b) for a, b in zip(got, (want_q, want_k), strict=True))
 
     def single() -> float:
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), None, s.heads)[0]
-        return relative(head_norm(q, weights[0], s.heads), want)
+        return relative_l2(head_norm(q, weights[0], s.heads), want)
 
     def fp8() -> float:
         cache = torch.full((1, s.tokens, s.heads, s.head_dim), 7.0, device=DEVICE).to(E4M3)
         slots = Slots(1, s.tokens, s.tokens)
         got = qkv_norm_rope_fp8(*arguments, cache, None, write, scale_q, scale_k, slots, s.heads)
         pairs = zip((got, cache), (scale_q, scale_k), (want_q, want_k), strict=True)
-        return max(relative(y.float() / scale[:, None], w) for y, scale, w in pairs)
+        return max(relative_l2(y.float() / scale[:, None], w) for y, scale, w in pairs)
 
     ring, mixed = parts["rings"]["fp8"], parts["rings"]["mixed"]
     ring_k, ring_v = x.joined.ring
@@ -81,7 +82,7 @@ def query_key_path(report: Report, x: Stream, copy_rate: float) -> None:
     def values() -> float:
         ring.store_values(heads_v(qkv), write)
         back = ring.with_length(count(s.tokens)).dequantize(torch.ones(s.heads, device=DEVICE))[1]
-        return relative(back, heads_v(qkv))
+        return relative_l2(back, heads_v(qkv))
 
     def both(block: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         q, k = block.chunk(3, -1)[:2]
@@ -115,7 +116,7 @@ def rotations(report: Report, x: Stream, copy_rate: float) -> None:
         rotate_rows_into(x.raw_k[:, :rows], x.rope[:rows], out, factor)
         assert (out[:, rows:].float() == 7).all(), "rows beyond the keys were written"
         got = out[:, :rows].float() / (1 if factor is None else factor[:, None])
-        return relative(got, apply_rope(x.raw_k[:, :rows], x.rope[:rows], torch.float32))
+        return relative_l2(got, apply_rope(x.raw_k[:, :rows], x.rope[:rows], torch.float32))
 
     for name, rows, results, factor, width, bound in (
         ("all condition keys, bf16", s.condition, outs, None, 4.0, 1e-2),

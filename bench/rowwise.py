@@ -7,7 +7,6 @@ them, and the median replay is the time. `floor` is the time of a device copy of
 
 import argparse
 import itertools
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +23,9 @@ from ..kernels.row_norm_backward import backward_tile
 from ..kernels.row_norm_backward import launch as backward
 from ..kernels.rows import Tile, tile
 from .fp8_gemm import products_table, small_m
+from .harness.check import gradients, in_float32, poisoned, relative_l2
+from .harness.timing import replayed
+from .ops import check_case
 
 OPS = (
     adaln.OP,
@@ -44,86 +46,25 @@ DEVICE = torch.device("cuda")
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) -> float:
-    """Median time of one call, from replays of a CUDA graph that makes all of them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for i in range(replays + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(stop) * 1000)
-    return statistics.median(times) / len(calls)
+    """Median time of one call in a CUDA graph of all of them."""
+    return 1e6 * replayed(calls, replays)
 
 
-def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    """Relative L2 error; NaN when anything was left unwritten."""
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def values(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """FP8 results joined with the descale that follows them."""
-    if len(results) > 1 and results[-2].dtype == torch.float8_e4m3fn:
-        return *results[:-2], results[-2].float() * results[-1]
-    return results
-
-
-def in_float32(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same call in float32, dtype arguments included: autograd in half precision sums too coarsely to compare."""
-    wide = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.float()
-        wide[name] = torch.float32 if isinstance(value, torch.dtype) else value
-    return wide
-
-
-def gradients(run: Callable[..., Any], inputs: dict[str, Any], weights: list[Tensor]) -> dict[str, Tensor]:
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    results = as_tuple(run(**leaves))
-    total = torch.stack([(r.float() * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
-    wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
-
-
-def check(op: Op, case: Case, generator: torch.Generator) -> float:
-    """Largest error of all results, and of all gradients where the op has a backward kernel."""
-    inputs = dict(case.inputs(DEVICE, generator))
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
-    results = as_tuple(op.run(**inputs))
-    torch.use_deterministic_algorithms(False)
-    expected = as_tuple(op.reference(**inputs))
-    errors = [error(r, e) for r, e in zip(values(results), values(expected), strict=True)]
-    worst = torch.tensor(errors).max().item()  # NaN wins
+def check(op: Op, case: Case) -> tuple[float, bool]:
+    """Error of the results, and whether they, and the gradients where the op has a backward kernel, are right."""
+    found = check_case(op, case, DEVICE)
+    right = found.passed
     if op in GRADIENTS:
-        weights = [torch.randn_like(e, dtype=torch.float32) for e in expected]
-        exact = gradients(op.reference, in_float32(inputs), weights)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        grads = gradients(op.run, inputs, weights)
-        torch.use_deterministic_algorithms(False)
-        off = {name: error(grad, exact[name]) for name, grad in grads.items()}
-        if not all(value < GRADIENT_TOLERANCE for value in off.values()):
+        inputs = dict(case.inputs(DEVICE, torch.Generator().manual_seed(0)))
+        # in half precision autograd sums too coarsely to compare with
+        exact = gradients(op.reference, in_float32(inputs))
+        with poisoned():
+            grads = gradients(op.run, inputs)
+        off = {name: relative_l2(grad, exact[name]) for name, grad in grads.items()}
+        if max(off.values()) > GRADIENT_TOLERANCE:
             print(f"FAILED gradients of {op.name}, {case.name}: {off}")
-            return float("nan")
-    return worst
+            right = False
+    return found.error, right
 
 
 def copy_rate() -> float:
@@ -141,8 +82,7 @@ def rows_table(rate: float) -> int:
     print(f"{'op':20s} {'case':30s} {numbers}")
     big = [(op, case) for op in OPS for case in op.cases() if not case.small]
     for op, case in big:
-        worst = check(op, case, generator)
-        good = worst <= case.tolerance
+        worst, good = check(op, case)
         failures += not good
         heavy = op in (fp8_matmul.OP, fp8_linear.OP)
         sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]

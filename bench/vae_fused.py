@@ -10,7 +10,6 @@ milliseconds of the plain VAE, of the fused one and of its CUDA graph; the tile 
 import argparse
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -31,6 +30,9 @@ from ..graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
 from ..kernels import channel_norm, conv3d_triton, gather_taps, padded_conv3d
 from ..kernels.conv3d_triton import Tile
 from ..kernels.dispatch import using
+from .harness.check import relative_l2
+from .harness.timing import Timer
+from .ops import check_case
 
 Key = tuple[int, int, tuple[int, int, int], bool]
 Call = tuple[Any, ...]
@@ -41,28 +43,9 @@ SHARED_MEMORY = 227 * 1024
 DOMINANT = {(96, 96), (192, 192), (384, 384), (192, 96), (384, 192)}
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 7, at_least: float = 4.0) -> float:
-    """Median time of a call, each repeat long enough for the clock, behind one call that warms up."""
-    run()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    inner = max(int(at_least / max(start.elapsed_time(stop), 1e-3)), 1)
-    times = []
-    for _ in range(repeats):
-        start.record()
-        for _ in range(inner):
-            run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / inner)
-    return statistics.median(times)
-
-
-def relative(computed: Tensor, expected: Tensor) -> float:
-    return ((computed.float() - expected.float()).norm() / expected.float().norm()).item()
+def milliseconds(run: Callable[[], Any], queue_ahead: bool = False) -> float:
+    """Median time of a call; `queue_ahead` without its launch overhead."""
+    return 1e3 * Timer(torch.device("cuda"), run_seconds=0.005, most=20, queue_ahead=queue_ahead)([run]).seconds
 
 
 def make_vae(device: torch.device) -> WanVae:
@@ -142,29 +125,15 @@ def name_of(call: Call) -> str:
 
 
 def check_kernels(device: torch.device) -> bool:
-    """Every op on its real shapes against its reference in float32; prints, says whether all hold."""
+    """Every op on its cases against its reference in float32; prints, says whether all hold."""
     print("\nkernels against float32 (relative L2)")
     good = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for op in (padded_conv3d.OP, channel_norm.OP, gather_taps.OP):
         for case in op.cases():
-            given = dict(case.inputs(device, torch.Generator().manual_seed(1)))
-            written = [name for name in op.mutates if given[name] is not None]
-            exact = {
-                name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-                for name, value in given.items()
-            }
-            for name in written:
-                given[name].fill_(float("nan"))
-                exact[name] = torch.empty_like(given[name], dtype=torch.float32)
-            op.run(**given)
-            op.reference(**exact)
-            errors = {name: relative(given[name], exact[name]) for name in written}
-            holds = all(error <= max(case.tolerance, 1e-5) for error in errors.values())
-            good &= holds
-            shown = " ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            print(f"  {op.name:15} {case.name:14} {shown} {'' if holds else 'WRONG'}", flush=True)
-            del given, exact
+            found = check_case(op, case, device)
+            good &= found.passed
+            print(f"  {op.name:15} {case.name:14} {found.error:.1e} {'' if found.passed else 'WRONG'}", flush=True)
             torch.cuda.empty_cache()
     return good
 
@@ -184,18 +153,18 @@ def check_streams(vae: WanVae, latents: Tensor, video: Tensor) -> dict[str, floa
         plain_coded = torch.cat([vae.encode_stream(clip, encoder_state) for clip in clips], 2)
     del state, encoder_state
     torch.cuda.empty_cache()
-    errors = {"decode, plain bf16": relative(plain, frames), "encode, plain bf16": relative(plain_coded, coded)}
+    errors = {"decode, plain bf16": relative_l2(plain, frames), "encode, plain bf16": relative_l2(plain_coded, coded)}
     rows, columns = latents.shape[3:]
     decoder = StreamingDecoder(vae, rows, columns, chunk, bound=None)
-    errors["decode, fused bf16"] = relative(torch.cat([decoder.step(part).clone() for part in parts], 2), frames)
+    errors["decode, fused bf16"] = relative_l2(torch.cat([decoder.step(part).clone() for part in parts], 2), frames)
     decoder.capture()
-    errors["decode, captured"] = relative(torch.cat([decoder.step(part).clone() for part in parts], 2), frames)
+    errors["decode, captured"] = relative_l2(torch.cat([decoder.step(part).clone() for part in parts], 2), frames)
     del decoder
     torch.cuda.empty_cache()
     encoder = StreamingEncoder(vae, 8 * rows, 8 * columns, chunk)
-    errors["encode, fused bf16"] = relative(torch.cat([encoder.step(clip).clone() for clip in clips], 2), coded)
+    errors["encode, fused bf16"] = relative_l2(torch.cat([encoder.step(clip).clone() for clip in clips], 2), coded)
     encoder.capture()
-    errors["encode, captured"] = relative(torch.cat([encoder.step(clip).clone() for clip in clips], 2), coded)
+    errors["encode, captured"] = relative_l2(torch.cat([encoder.step(clip).clone() for clip in clips], 2), coded)
     print("\ntwo chunks against the plain float32 stream, all at random weights (relative L2)")
     for name, error in errors.items():
         print(f"  {name:20} {error:.2e}")
@@ -215,10 +184,10 @@ def time_steps(vae: WanVae, latents: Tensor, video: Tensor) -> dict[str, float]:
         stream = make_stream(name, vae, latents, video)
         stream.first = False
         stream.step(given)
-        found[f"{name}, fused eager"] = milliseconds(partial(stream.step, given), at_least=100)
+        found[f"{name}, fused eager"] = milliseconds(partial(stream.step, given))
         stream.capture()
         stream.first = False
-        found[f"{name}, fused captured"] = milliseconds(partial(stream.step, given), at_least=100)
+        found[f"{name}, fused captured"] = milliseconds(partial(stream.step, given))
         found[f"{name}, GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
         del stream
     for name, value in found.items():
@@ -245,8 +214,8 @@ def time_plain(vae: WanVae, latents: Tensor, video: Tensor, compiled: bool) -> d
         decoder, encoder = DecoderState(), EncoderState()
         decode(latents, decoder)
         encode(video[:, :, : video.shape[2] - 3], encoder)
-        found[f"decode, {how}"] = milliseconds(lambda: decode(latents, decoder), at_least=100)
-        found[f"encode, {how}"] = milliseconds(lambda: encode(video, encoder), at_least=100)
+        found[f"decode, {how}"] = milliseconds(lambda: decode(latents, decoder))
+        found[f"encode, {how}"] = milliseconds(lambda: encode(video, encoder))
     for name, value in found.items():
         print(f"  {name:26} {value:8.2f}", flush=True)
     return found
@@ -370,7 +339,7 @@ def sweep(calls: list[Call], workers: int) -> dict[Key, Tile | None]:
             if choice is not None and (key, choice) in broken:
                 continue
             with tile_of(key, choice):
-                times = [milliseconds(partial(padded_conv3d.padded_conv3d, *call), 3, 3.0) for call in group]
+                times = [milliseconds(partial(padded_conv3d.padded_conv3d, *call), queue_ahead=True) for call in group]
             total = sum(counts[signature(call)] * ms for call, ms in zip(group, times, strict=True))
             rows.append((total, choice, times))
         rows.sort(key=lambda row: row[0])

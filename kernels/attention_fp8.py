@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .attention_forward import LOG2E, Tiles
 from .attention_fp8_kernel import fp8_kernel
+from .cases import Case, Op, randn
 from .dispatch import triton_runs
-from .fp8_values import ROWS, store_values_fp8
-from .kv_cache import E4M3, ring_rows, rotate_rows_into
+from .fp8_values import ROWS, quantize_values, store_values_fp8
+from .kv_cache import E4M3, quantize_heads, ring_rows, rotate_rows_into
 from .qk_rows import HEAD_DIMS, Slots
 
 Values = Literal["fp8", "mixed"]
@@ -225,3 +226,54 @@ def _(
     tiles: Sequence[int] | None,
 ) -> Tensor:
     return q8.new_empty(q8.shape, dtype=torch.bfloat16)
+
+
+def _case(
+    name: str, queries: int, ring: tuple[int, int], length: int, condition: int, heads: int, head_dim: int, *,
+    values: Values, batch: int = 1, small: bool = True,
+) -> Case:  # fmt: skip
+    """`ring`: slots and rows of each; `length`: its valid rows."""
+
+    def inputs(device: torch.device, generator: torch.Generator) -> dict[str, object]:
+        def draw(rows: int) -> Tensor:
+            return randn(batch, rows, heads, head_dim, device=device, generator=generator)
+
+        scale = torch.linspace(4.0, 8.0, heads, device=device)
+
+        def segment(slot_count: int, slot_rows: int, valid: Tensor | None = None) -> Fp8Segment:
+            made = Fp8Segment.allocate(
+                batch, slot_count, slot_rows, heads, head_dim, values, length=valid, device=device
+            )
+            for slot in range(slot_count):
+                rows = slice(slot * made.slots.stride, slot * made.slots.stride + slot_rows)
+                made.k8[:, rows] = quantize_heads(draw(slot_rows), scale)
+                if made.v_descale is None:
+                    made.v[:, rows] = draw(slot_rows)
+                else:
+                    made.v[..., rows], made.v_descale[:, slot] = quantize_values(draw(slot_rows))
+            return made
+
+        valid = torch.tensor([length], dtype=torch.int32, device=device)
+        segments = [segment(*ring, valid), segment(1, condition)]
+        return {"q8": quantize_heads(draw(queries), scale), "segments": segments, "qk_descale": 1 / scale**2}
+
+    keys = length + condition
+    flops = 4 * batch * queries * keys * heads * head_dim
+    moved = batch * heads * head_dim * (3 * queries + keys * (2 if values == "fp8" else 3))
+    # the kernel rounds weights against the running maximum, the reference against the last one
+    return Case(name, inputs, 0 if small else flops, 0 if small else moved, small, tolerance=3e-2)
+
+
+def cases() -> list[Case]:
+    """LiveAvatar 14B: 3,168 queries, a full ring of 4 blocks and 2,640 condition keys; rings with padding and tails."""
+    real = (3168, (4, 3168), 12672, 2640, 40, 128)
+    return [
+        _case("liveavatar-14b, fp8", *real, values="fp8", small=False),
+        _case("liveavatar-14b, mixed", *real, values="mixed", small=False),
+        _case("tails, fp8", 21, (2, 130), 200, 9, 2, 32, values="fp8", batch=2),
+        _case("tails, mixed", 21, (2, 130), 200, 9, 2, 32, values="mixed", batch=2),
+        _case("an empty ring", 3, (1, 20), 0, 5, 1, 64, values="fp8"),
+    ]
+
+
+OP = Op("attention_fp8", attention_fp8, reference, cases, differentiable=False)

@@ -1,7 +1,7 @@
 """What an op says of itself, so that its tests and benchmarks need not be written by hand.
 
-Every op module has `OP = Op(...)`, a line in `registry()`, and `cases()`: the real shapes of real models, and small
-awkward ones (tails, one token, non-contiguous input) that the Triton interpreter can run.
+Every op is an `Op` at the top level of its module, where `registry()` finds it, with `cases()`: the real shapes of real
+models, and small awkward ones (tails, one token, non-contiguous input) that the Triton interpreter can run.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,17 +1,23 @@
-"""Residual sum, RMS norm over channels and SiLU, from and into frames that lie anywhere in memory, channels last.
+"""RMS norm over channels and SiLU, what stands before every convolution of the video VAE.
 
-    s = x + residual;   raw <- s;   normed <- silu(s / max(|s|, 1e-12) * sqrt(C) * gamma)
+    norm(s) = s / max(|s|, 1e-12) * sqrt(C) * gamma        |s|: L2 norm over the channels of one pixel
+    channel_norm(x, gamma, residual, raw, normed):  s = x + residual;  raw <- s;  normed <- silu(norm(s))
+    channel_norm_silu(x, gamma) = silu(norm(x))
 
-Shapes: x, residual, raw, normed [B, T, H, W, C] with channels next to each other, all other strides free (frames
-inside zero-ringed buffers, for example); gamma [C]. One of raw and normed may be None; without `silu` the norm is
-written as it is. raw may be x or residual itself.
-Dtypes: the sum and the norm are computed in float32 and rounded once, where they are stored.
-A pixel with NaN or Inf makes its own channels NaN (raw keeps them as they are), no other pixel.
-Errors: ValueError for shapes that differ, channels apart in memory, or nothing to write.
+`channel_norm` writes into frames that lie anywhere in memory (inside zero-ringed buffers, for example): x, residual,
+raw, normed [B, T, H, W, C] with channels next to each other and all other strides free; gamma [C]. One of raw and
+normed may be None; without `silu` the norm is written as it is. raw may be x or residual itself. Not differentiable.
+`channel_norm_silu` is the function for modules: x [B, C, ...] of any rank, gamma [C]; result like x in `out_dtype`
+(default: the dtype of x), channels last in memory on a GPU. Gradients: x and gamma, deterministic.
+Dtypes: everything in float32 and one rounding, where a result is stored.
+A NaN makes all channels of its pixel NaN, an infinity itself NaN and the others zero (raw keeps both as they are); no
+other pixel is touched.
+Errors: ValueError for shapes that do not fit, channels apart in memory, or nothing to write.
 Source: wan.md, 2.1.2.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +28,14 @@ from torch import Tensor
 from .cases import Case, Inputs, Op, randn
 from .dispatch import fused, triton_runs
 
+FLOOR = tl.constexpr(1e-12)
+BACKWARD_PROGRAMS = 1024  # each sums its share of the gradient of gamma
 
-def norm_of(s: Tensor, gamma: Tensor, silu: bool) -> Tensor:
-    """The formula on float32 [..., C]."""
-    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp_min(1e-12)
-    y = s / norm * s.shape[-1] ** 0.5 * gamma.float()
+
+def norm_of(s: Tensor, gamma: Tensor, silu: bool, dim: int = -1) -> Tensor:
+    """The formula on float32 s whose channels are axis `dim`; gamma broadcasts with s."""
+    norm = torch.linalg.vector_norm(s, dim=dim, keepdim=True).clamp_min(FLOOR.value)
+    y = s / norm * s.shape[dim] ** 0.5 * gamma.float()
     return F.silu(y) if silu else y
 
 
@@ -44,6 +53,19 @@ def reference(
         normed.copy_(norm_of(s, gamma, silu))
     if raw is not None:
         raw.copy_(s)
+
+
+def silu_reference(x: Tensor, gamma: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    _check_gamma(x, gamma)
+    column = gamma.reshape(-1, *(1,) * (x.dim() - 2))
+    return norm_of(x.float(), column, silu=True, dim=1).to(out_dtype or x.dtype)
+
+
+@triton.jit
+def _length(s):
+    """L2 norm of the channels of each pixel, s [P, C] -> [P], at least the floor; keeps NaN."""
+    norm = tl.sqrt(tl.sum(s * s, 1))
+    return tl.where(norm < FLOOR, FLOOR, norm)
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
@@ -82,7 +104,7 @@ def _norm_kernel(
         base = entry * raw_strides[0] + frame * raw_strides[1]
         tl.store(raw + base + h * raw_strides[2] + w * raw_strides[3] + c, s.to(raw.dtype.element_ty), mask=kept)
     if normed is not None:
-        scale = tl.sqrt(C * 1.0) / tl.maximum(tl.sqrt(tl.sum(s * s, 1)), 1e-12)
+        scale = tl.sqrt(C * 1.0) / _length(s)
         y = s * scale[:, None] * tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)
         if SILU:
             y = y / (1.0 + tl.exp(-y))
@@ -91,12 +113,45 @@ def _norm_kernel(
         tl.store(normed + at, y.to(normed.dtype.element_ty), mask=kept)
 
 
-def _launch(
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, gamma_ptr, dx_ptr, dgamma_ptr, pixels, root,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Of silu(norm(x)) on dense rows [P, C]; `dgamma` is the sum of one program, [programs, C]."""
+    channel = tl.arange(0, BLOCK_C)
+    gamma = tl.load(gamma_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    dgamma = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_P, pixels, tl.num_programs(0) * BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        at = pixel[:, None] * C + channel[None, :]
+        inside = (pixel[:, None] < pixels) & (channel[None, :] < C)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        norm = _length(x)[:, None]
+        unit = x / norm
+        s = unit * root * gamma[None, :]
+        gate = 1.0 / (1.0 + tl.exp(-s))
+        ds = dy * gate * (1.0 + s * (1.0 - gate))
+        dgamma += tl.sum(ds * unit, 0) * root
+        du = ds * gamma[None, :] * root
+        dx = (du - unit * tl.sum(du * unit, 1)[:, None]) / norm
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dgamma_ptr + tl.program_id(0) * C + channel, dgamma, mask=channel < C)
+
+
+def _blocks(channels: int) -> tuple[int, int]:
+    """Padded channels and pixels of one program's tile."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, max(4096 // block_c, 1)
+
+
+def launch(
     x: Tensor, gamma: Tensor | None, residual: Tensor | None, raw: Tensor | None, normed: Tensor | None, silu: bool
 ) -> None:
+    """`channel_norm` in Triton, arguments checked before."""
     batch, frames, height, width, channels = x.shape
-    block_c = triton.next_power_of_2(channels)
-    block_p = max(4096 // block_c, 1)
+    block_c, block_p = _blocks(channels)
 
     def strides(view: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0, 0) if view is None else view.stride()[:4]
@@ -122,21 +177,20 @@ def _launch(
     )
 
 
+# channel_norm: into given memory
+
+
 @torch.library.custom_op("kinora::channel_norm", mutates_args=("raw", "normed"))
 def _op(
     x: Tensor, gamma: Tensor | None, residual: Tensor | None, raw: Tensor | None, normed: Tensor | None, silu: bool
 ) -> None:
     if triton_runs(x):
-        _launch(x, gamma, residual, raw, normed, silu)
+        launch(x, gamma, residual, raw, normed, silu)
     else:
         reference(x, gamma, residual, raw, normed, silu)
 
 
-@_op.register_fake
-def _(
-    x: Tensor, gamma: Tensor | None, residual: Tensor | None, raw: Tensor | None, normed: Tensor | None, silu: bool
-) -> None:
-    return None
+_op.register_fake(lambda *_: None)
 
 
 def check_views(shape: Sequence[int], **views: Tensor | None) -> None:
@@ -176,6 +230,82 @@ def channel_norm(
     compute(x, gamma, residual, raw, normed, silu)
 
 
+# channel_norm_silu: a function with gradients
+
+
+def _check_gamma(x: Tensor, gamma: Tensor) -> None:
+    if x.dim() < 2 or gamma.shape != (x.shape[1],):
+        raise ValueError(f"gamma {tuple(gamma.shape)} for x {tuple(x.shape)}: x [B, C, ...] needs one weight a channel")
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x [B, C, ...] -> dense [B, ..., C]: a view where x lies channels last already."""
+    return x.movedim(1, -1).contiguous()
+
+
+@torch.library.custom_op("kinora::channel_norm_silu", mutates_args=())
+def _silu_op(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if not triton_runs(x, gamma):
+        return _channels_last(silu_reference(x, gamma, out_dtype)).movedim(-1, 1)
+    _check_gamma(x, gamma)
+    rows = _channels_last(x)
+    y = torch.empty_like(rows, dtype=out_dtype)
+    if rows.numel():
+        column = (1, 1, -1, 1, x.shape[1])  # pixels as rows of one column
+        launch(rows.view(column), gamma.contiguous(), None, None, y.view(column), silu=True)
+    return y.movedim(-1, 1)
+
+
+@_silu_op.register_fake
+def _(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x.movedim(1, -1), dtype=out_dtype, memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+@torch.library.custom_op("kinora::channel_norm_silu_backward", mutates_args=())
+def _silu_backward_op(dy: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    if not triton_runs(dy, x, gamma):
+        _, pull = torch.func.vjp(lambda a, b: silu_reference(a, b, dy.dtype), x, gamma)[:2]
+        dx, dgamma = pull(dy)
+        return _channels_last(dx).movedim(-1, 1), dgamma
+    rows, grads = _channels_last(x), _channels_last(dy)
+    dx = torch.empty_like(rows)
+    channels = x.shape[1]
+    pixels = rows.numel() // channels
+    block_c, block_p = _blocks(channels)
+    block_p = max(1, block_p // 2)  # twice as many values live in registers
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(pixels, block_p))
+    parts = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    if programs:
+        _backward_kernel[(programs,)](
+            grads, rows, gamma.contiguous(), dx, parts, pixels, channels**0.5, channels, block_c, block_p
+        )
+    return dx.movedim(-1, 1), parts.sum(0).to(gamma.dtype)
+
+
+@_silu_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return dx, torch.empty_like(gamma, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _pull(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_silu_backward_op(dy, *ctx.saved_tensors), None)
+
+
+_silu_op.register_autograd(_pull, setup_context=_setup)
+
+
+def channel_norm_silu(x: Tensor, gamma: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """SiLU of the channel norm of x [B, C, ...]; see the module docstring."""
+    if fused(x, gamma):
+        return _silu_op(x, gamma, out_dtype or x.dtype)
+    return silu_reference(x, gamma, out_dtype)
+
+
 def _case(name: str, shape: tuple[int, ...], half: bool = True) -> Case:
     channels = shape[-1]
 
@@ -204,4 +334,28 @@ def cases() -> list[Case]:
     ]
 
 
+def _silu_case(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, small: bool = False) -> Case:
+    def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
+        x = randn(*shape, device=device, generator=generator, dtype=dtype)
+        gamma = 1.0 + randn(shape[1], device=device, generator=generator, scale=0.2)
+        return {"x": x.movedim(1, -1).contiguous().movedim(-1, 1), "gamma": gamma.to(dtype)}
+
+    values = torch.Size(shape).numel()
+    return Case(name, inputs, 0 if small else 8 * values, 0 if small else 4 * values, small)
+
+
+def silu_cases() -> list[Case]:
+    """LiveAvatar's decoder, one block of 3 latent frames at 704x384; small awkward sizes and ranks."""
+    return [
+        _silu_case("vae 96", 1, 96, 12, 384, 704),
+        _silu_case("vae 192", 1, 192, 12, 192, 352),
+        _silu_case("vae 384", 1, 384, 6, 96, 176),
+        _silu_case("one pixel", 1, 5, 1, 1, 1, dtype=torch.float32, small=True),
+        _silu_case("odd", 2, 24, 3, 5, 7, dtype=torch.float32, small=True),
+        _silu_case("rows", 7, 40, dtype=torch.float32, small=True),
+        _silu_case("bf16", 1, 32, 2, 4, 6, small=True),
+    ]
+
+
 OP = Op("channel_norm", channel_norm, reference, cases, mutates=("raw", "normed"), differentiable=False)
+SILU_OP = Op("channel_norm_silu", channel_norm_silu, silu_reference, silu_cases)

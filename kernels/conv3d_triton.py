@@ -161,7 +161,8 @@ def _conv_kernel(
             columns = channels2 % EACH + channels2 // EACH * raw_strides[1]
             _store(raw, y2, at, inside, columns, channels2, COUT)
     if normed is not None:
-        scale = tl.sqrt(COUT * 1.0) / tl.maximum(tl.sqrt(squares), 1e-12)
+        norm = tl.sqrt(squares)
+        scale = tl.sqrt(COUT * 1.0) / tl.where(norm < 1e-12, 1e-12, norm)  # keeps NaN
         normed += entry64 * normed_strides[0] + frame64 * normed_strides[1]
         at = h * normed_strides[2] + w_ * normed_strides[3]
         _store_normed(normed, y, scale, gamma, at, inside, channels, COUT, SILU)

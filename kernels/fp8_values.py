@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cases import Case, Op, randn
 from .dispatch import triton_runs
 from .kv_cache import E4M3
 from .qk_rows import FP8_MAX, Slots
@@ -87,6 +88,14 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     return v8.permute(0, 2, 3, 1), descale
 
 
+def reference(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write: Tensor | None = None) -> None:
+    slot = 0 if write is None else int(write) // slots.rows
+    if 0 <= slot < slots.count:
+        start = slot * slots.stride
+        v8[..., start : start + slots.stride] = 0
+        v8[..., start : start + slots.rows], descale[:, slot] = quantize_values(v)
+
+
 def store_values_fp8(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write: Tensor | None = None) -> None:
     """Quantise and transpose one block into its slot; see the module docstring."""
     batch, tokens, heads, head_dim = v.shape
@@ -105,11 +114,7 @@ def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor |
     layout = Slots(*slots)
     batch, tokens, heads, head_dim = v.shape
     if not triton_runs(v, v8, descale, write):
-        slot = 0 if write is None else int(write) // layout.rows
-        if 0 <= slot < layout.count:
-            start = slot * layout.stride
-            v8[..., start : start + layout.stride] = 0
-            v8[..., start : start + tokens], descale[:, slot] = quantize_values(v)
+        reference(v, v8, descale, layout, write)
         return
     v = v if v.stride(3) == 1 else v.contiguous()
     tiles = layout.stride // ROWS
@@ -135,6 +140,36 @@ def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor |
     )
 
 
-@_store_values_fp8_op.register_fake
-def _(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, slots: list[int]) -> None:
-    return None
+_store_values_fp8_op.register_fake(lambda *_: None)
+
+
+def _case(name: str, slots: Slots, write: int, heads: int, head_dim: int, batch: int = 1, small: bool = True) -> Case:
+    dtype = torch.float32 if small else torch.bfloat16
+
+    def inputs(device: torch.device, generator: torch.Generator) -> dict[str, object]:
+        def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return randn(*shape, device=device, generator=generator, dtype=dtype)
+
+        qkv = draw(batch, slots.rows, 3, heads, head_dim, dtype=dtype)  # values lie in the projection's rows
+        return {
+            "v": qkv[:, :, 2],
+            "v8": draw(batch, heads, head_dim, slots.length).to(E4M3),
+            "descale": draw(batch, slots.count, heads, head_dim),
+            "slots": slots,
+            "write": torch.tensor([write], dtype=torch.int32, device=device),
+        }
+
+    values = batch * slots.rows * heads * head_dim
+    return Case(name, inputs, 0, 0 if small else values * (dtype.itemsize + 1), small)
+
+
+def cases() -> list[Case]:
+    """A streaming block of LiveAvatar 14B; slots with padding, the last one, one beyond the ring."""
+    return [
+        _case("liveavatar-14b", Slots(4, 3168, 3200), 2 * 3168, 40, 128, small=False),
+        _case("a padded slot", Slots(2, 130, 256), 130, 3, 32, 2),
+        _case("beyond the ring", Slots(2, 5, 128), 10, 2, 16),
+    ]
+
+
+OP = Op("store_values_fp8", store_values_fp8, reference, cases, mutates=("v8", "descale"), differentiable=False)

@@ -89,9 +89,7 @@ def _op(partial: Tensor, bias: Tensor, out: Tensor, bound: float | None) -> None
     return None
 
 
-@_op.register_fake
-def _(partial: Tensor, bias: Tensor, out: Tensor, bound: float | None) -> None:
-    return None
+_op.register_fake(lambda *_: None)
 
 
 def gather_taps(partial: Tensor, bias: Tensor, out: Tensor, bound: float | None = None) -> None:

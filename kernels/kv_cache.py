@@ -18,6 +18,7 @@ Non-finite values: stay in their token. Errors: ValueError when shapes do not fi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def qkv_norm_rope_fp8_reference(
     inside = (valid >= 0) & (valid < slots.capacity)
     rows = ring_rows(slots, int(write), qkv.shape[1]).to(qkv.device)[inside]
     k8 = quantize_heads(head_norm_reference(k, weight_k, rope, num_heads, eps, torch.float32), scale_k)
-    ring_k8[:, rows] = k8[:, inside]
+    ring_k8.view(torch.uint8)[:, rows] = k8.view(torch.uint8)[:, inside]  # not every device indexes e4m3
     if ring_v is not None:
         ring_v[:, rows] = v.unflatten(-1, (num_heads, -1)).to(ring_v.dtype)[:, inside]
     return quantize_heads(head_norm_reference(q, weight_q, rope, num_heads, eps, torch.float32), scale_q)
@@ -244,18 +245,10 @@ def _qkv_norm_rope_op(
 
 
 @_qkv_norm_rope_op.register_fake
-def _(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor | None,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    write: Tensor,
-    num_heads: int,
-    eps: float,
+def _fake_queries(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, rope: Tensor | None, ring: Tensor, *_: Any
 ) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], *ring_k.shape[2:]), dtype=ring_k.dtype)
+    return qkv.new_empty((*qkv.shape[:2], *ring.shape[2:]), dtype=ring.dtype)
 
 
 @torch.library.custom_op("kinora::qkv_norm_rope_fp8", mutates_args=("ring_k8", "ring_v"))
@@ -291,22 +284,7 @@ def _qkv_norm_rope_fp8_op(
     return out
 
 
-@_qkv_norm_rope_fp8_op.register_fake
-def _(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rope: Tensor | None,
-    ring_k8: Tensor,
-    ring_v: Tensor | None,
-    write: Tensor,
-    scale_q: Tensor,
-    scale_k: Tensor,
-    slots: list[int],
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], *ring_k8.shape[2:]), dtype=E4M3)
+_qkv_norm_rope_fp8_op.register_fake(_fake_queries)
 
 
 @torch.library.custom_op("kinora::rotate_rows_into", mutates_args=("out",))
@@ -318,9 +296,7 @@ def _rotate_rows_into_op(x: Tensor, rope: Tensor | None, out: Tensor, scale: Ten
         out[:, : x.shape[1]] = turned if scale is None else quantize_heads(turned, scale)
 
 
-@_rotate_rows_into_op.register_fake
-def _(x: Tensor, rope: Tensor | None, out: Tensor, scale: Tensor | None) -> None:
-    return None
+_rotate_rows_into_op.register_fake(lambda *_: None)
 
 
 def _block_inputs(
@@ -359,11 +335,48 @@ def cases() -> list[Case]:
     ]
 
 
+def _fp8_case(
+    name: str, tokens: int, slots: Slots, write: int, heads: int, head_dim: int, batch: int = 1, *,
+    mixed: bool, small: bool = True,
+) -> Case:  # fmt: skip
+    dtype = torch.float32 if small else torch.bfloat16
+    block = _block_inputs(tokens, slots.length, write, heads, head_dim, dtype, batch)
+
+    def inputs(device: torch.device, generator: torch.Generator) -> dict[str, object]:
+        given: dict[str, Any] = block(device, generator)
+        ring_k, ring_v = given.pop("ring_k"), given.pop("ring_v")
+        scales = {f"scale_{name}": static_scales(given[f"weight_{name}"], heads) for name in ("q", "k")}
+        return given | scales | {"ring_k8": ring_k.to(E4M3), "ring_v": ring_v if mixed else None, "slots": slots}
+
+    values = batch * tokens * heads * head_dim
+    moved = values * (10 if mixed else 6) + tokens * head_dim * 4
+    return Case(name, inputs, 0, 0 if small else moved, small, tolerance=5e-2)
+
+
+def fp8_cases() -> list[Case]:
+    """A streaming block of LiveAvatar 14B with values in bfloat16 and without; slots with padding."""
+    ring, padded = Slots(4, 3168, 3200), Slots(3, 5, 8)
+    return [
+        _fp8_case("liveavatar-14b", 3168, ring, 2 * 3168, 40, 128, mixed=True, small=False),
+        _fp8_case("liveavatar-14b, no values", 3168, ring, 2 * 3168, 40, 128, mixed=False, small=False),
+        _fp8_case("a padded slot", 5, padded, 5, 3, 32, 2, mixed=True),
+        _fp8_case("over the end", 5, padded, 12, 2, 64, mixed=False),
+    ]
+
+
 OP = Op(
     "qkv_norm_rope",
     qkv_norm_rope,
     qkv_norm_rope_reference,
     cases,
     mutates=("ring_k", "ring_v"),
+    differentiable=False,
+)
+FP8_OP = Op(
+    "qkv_norm_rope_fp8",
+    qkv_norm_rope_fp8,
+    qkv_norm_rope_fp8_reference,
+    fp8_cases,
+    mutates=("ring_k8", "ring_v"),
     differentiable=False,
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import tracing
+from .dispatch import autograd_by_reference, tracing
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -32,6 +32,9 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype)
+
+
+autograd_by_reference(_op, _linear)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,9 +4,8 @@ from .adaln import adaln, adaln_fp8
 from .attention_fp8 import attention_fp8
 from .audio_residual import audio_residual
 from .causal_conv3d import causal_conv3d, conv2d, next_history
-from .channel_norm import channel_norm
-from .channel_norm_silu import channel_norm_silu
-from .fp8_linear import fp8_linear, quantize_fp8
+from .channel_norm import channel_norm, channel_norm_silu
+from .fp8_linear import fp8_linear
 from .fp8_matmul import fp8_matmul
 from .gated_residual import gated_residual
 from .gather_taps import gather_taps
@@ -15,7 +14,7 @@ from .linear import linear
 from .norm import layer_norm, rms_norm
 from .padded_conv3d import padded_conv3d
 from .qk_norm_rope import apply_rope, head_norm, qk_norm_rope, rotate_rows
-from .quantize_rows import gelu_quantize_rows, quantize_rows
+from .quantize_rows import gelu_quantize_rows, quantize_fp8, quantize_rows
 from .residual_norm import residual_norm, residual_norm_fp8
 from .rope_attention import rope_attention
 

@@ -132,20 +132,22 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return _gelu_quantize_rows(x) if fused(x) else gelu_reference(x)
 
 
-def _case(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, small: bool = False) -> Case:
+def _case(
+    name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, small: bool = False, tolerance: float = 1e-2
+) -> Case:
     def inputs(device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": randn(*shape, device=device, generator=generator, dtype=dtype)}
 
     count = torch.Size(shape).numel()
     cost = 0 if small else count * (dtype.itemsize + 1) + count // shape[-1] * 4
-    return Case(name, inputs, flops=0 if small else 3 * count, bytes=cost, small=small)
+    return Case(name, inputs, flops=0 if small else 3 * count, bytes=cost, small=small, tolerance=tolerance)
 
 
-def _small() -> list[Case]:
+def _small(tolerance: float = 1e-2) -> list[Case]:
     return [
-        _case("one token", 1, 1, 64, small=True),
-        _case("tail", 2, 3, 300, small=True),
-        _case("float32", 5, 100, dtype=torch.float32, small=True),
+        _case("one token", 1, 1, 64, small=True, tolerance=tolerance),
+        _case("tail", 2, 3, 300, small=True, tolerance=tolerance),
+        _case("float32", 5, 100, dtype=torch.float32, small=True, tolerance=tolerance),
     ]
 
 
@@ -155,8 +157,11 @@ def cases() -> list[Case]:
 
 
 def gelu_cases() -> list[Case]:
-    """LiveAvatar 14B at 704x384: the middle of the feed-forward; awkward ones."""
-    return [_case("feed-forward", 1, 3168, 13824), *_small()]
+    """LiveAvatar 14B at 704x384: the middle of the feed-forward; awkward ones.
+
+    GELU rounds to bfloat16 first, so some values fall on the other side of a tie of e4m3 than in float32.
+    """
+    return [_case("feed-forward", 1, 3168, 13824, tolerance=5e-2), *_small(tolerance=5e-2)]
 
 
 OP = Op("quantize_rows", quantize_rows, reference, cases, differentiable=False)

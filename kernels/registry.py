@@ -1,6 +1,7 @@
 """All ops of this folder: what generated tests and benchmarks walk over.
 
-An op joins by being a module of `kernels/` with `OP = Op(...)`; there is no list to keep.
+An op joins by standing at the top level of a module of `kernels/` as an `Op`: `OP = Op(...)`, and `FP8_OP = Op(...)` or
+the like where a module has more than one. There is no list to keep.
 """
 
 import pkgutil
@@ -14,25 +15,20 @@ from .cases import Op
 
 @cache
 def registry() -> MappingProxyType[str, Op]:
-    """Name -> op, by name. ValueError when two modules give the same name."""
+    """Name -> op, by name. ValueError when two ops have the same name."""
     found: dict[str, tuple[str, Op]] = {}
     for module, op in _declared():
-        if op.name in found:
-            raise ValueError(f"op {op.name!r} is declared by {found[op.name][0]} and by {module}; rename one")
-        found[op.name] = module, op
+        first, known = found.setdefault(op.name, (module, op))
+        if known is not op:  # the same op twice was only imported
+            raise ValueError(f"op {op.name!r} is declared by {first} and by {module}; rename one")
     return MappingProxyType({name: found[name][1] for name in sorted(found)})
 
 
 def _declared() -> Iterator[tuple[str, Op]]:
-    """(module name, op) of every module in this folder that declares one."""
+    """(module name, op) of every op at the top level of a module in this folder."""
     folder = import_module(__package__ or "")
     for info in pkgutil.iter_modules(folder.__path__):
-        if info.name == __name__.rpartition(".")[2]:
-            continue
         module = import_module(f".{info.name}", __package__)
-        op = getattr(module, "OP", None)
-        if op is None:
-            continue
-        if not isinstance(op, Op):
-            raise ValueError(f"{module.__name__} declares OP = {op!r}, which is no kernels.cases.Op")
-        yield module.__name__, op
+        for value in vars(module).values():
+            if isinstance(value, Op):
+                yield module.__name__, value

@@ -257,7 +257,7 @@ def test_fused_is_unavailable_without_triton() -> None:
 # Ops
 
 
-def test_registry_collects_modules_and_refuses_a_name_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registry_collects_ops_and_refuses_a_name_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def declare(*modules: SimpleNamespace) -> None:
         names = [SimpleNamespace(name=module.__name__.rpartition(".")[2]) for module in modules]
         monkeypatch.setattr(registry_module.pkgutil, "iter_modules", lambda path: names)
@@ -266,23 +266,32 @@ def test_registry_collects_modules_and_refuses_a_name_twice(monkeypatch: pytest.
         monkeypatch.setattr(registry_module, "import_module", lambda name, *rest: known.get(name) or real(name, *rest))
         registry_module.registry.cache_clear()
 
-    first, second = op("b", double), op("a", double)
-    declare(SimpleNamespace(__name__="k.one", OP=first), SimpleNamespace(__name__="k.two", OP=second), kernel_cases)
-    assert dict(registry_module.registry()) == {"a": second, "b": first}
+    first, second, third = op("b", double), op("a", double), op("c", double)
+    one = SimpleNamespace(__name__="k.one", OP=first, FP8_OP=third, launch=double)
+    declare(one, SimpleNamespace(__name__="k.two", OP=second, imported=first), kernel_cases)
+    assert dict(registry_module.registry()) == {"a": second, "b": first, "c": third}
     declare(SimpleNamespace(__name__="k.one", OP=first), SimpleNamespace(__name__="k.two", OP=op("b", wrong)))
     with pytest.raises(ValueError, match=r"'b' is declared by k\.one and by k\.two"):
         registry_module.registry()
-    declare(SimpleNamespace(__name__="k.one", OP="adaln"))
-    with pytest.raises(ValueError, match=r"no kernels\.cases\.Op"):
-        registry_module.registry()
     registry_module.registry.cache_clear()
 
 
-def test_every_declared_op_is_measured_on_its_small_cases(tmp_path: Path) -> None:
-    registry_module.registry.cache_clear()
+def test_every_declared_op_passes_its_check_on_small_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "Timer", lambda *_, **__: lambda calls: Timing.of([1.0], [1.0]))
+    monkeypatch.setattr(run_module, "_free", lambda device: None)  # collecting garbage takes longer than the ops
     bench = bench_at(tmp_path / "ops.json")
     bench_ops.bench_ops(bench, [], ["eager"], small=True)
+    assert {"adaln_fp8", "attention_fp8", "gelu_quantize_rows", "store_values_fp8"} <= set(registry_module.registry())
     assert [r for r in bench.report.results if r.status != "ok"] == []
+
+
+def test_a_check_tells_right_from_wrong() -> None:
+    case = Case("tiny", inputs, small=True)
+    assert bench_ops.check_case(op("right", double), case, CPU).passed
+    found = bench_ops.check_case(op("wrong", wrong), case, CPU)
+    assert not found.passed and found.error == pytest.approx(0.05)
+    unwritten = Op("unwritten", torch.empty_like, double, lambda: [case])
+    assert bench_ops.check_case(unwritten, case, CPU).error == float("inf")
 
 
 def test_an_op_that_is_wrong_is_refused(some_ops: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

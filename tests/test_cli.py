@@ -140,6 +140,14 @@ def test_options_reach_load(inputs, monkeypatch, capsys):
     assert asked == {"name": "liveavatar-14b", "checkpoint": Path("files"), "device": "cpu", "placement": "single"}
 
 
+@pytest.fixture(autouse=True)
+def hears_ctrl_c():
+    """Jobs that a shell starts in the background inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_finishes_the_file(inputs, fake, capsys):
     fake(FakeSession(stop_at=BLOCK))
     code, out, err = run(JOB, capsys)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from kinora.bench.harness.check import poisoned
 from kinora.kernels import adaln, fp8_linear, fp8_matmul, ops, quantize_rows, residual_norm
 from kinora.kernels.cases import Case, Op
 from kinora.kernels.dispatch import using
@@ -24,11 +25,9 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel fails to write stays NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 def values(x8: Tensor, descale: Tensor) -> Tensor:

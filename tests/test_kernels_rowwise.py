@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kinora.bench import rowwise
+from kinora.bench.harness.check import gradients, in_float32, poisoned, tensors
 from kinora.kernels import adaln, audio_residual, gated_residual, ops, residual_norm
 from kinora.kernels.cases import Case, Op
 from kinora.kernels.dispatch import using
@@ -14,11 +16,9 @@ SMALL = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for c
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel fails to write stays NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 def error(result: Tensor, expected: Tensor) -> float:
@@ -28,35 +28,8 @@ def error(result: Tensor, expected: Tensor) -> float:
     return ((wide - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else result
-
-
 def draw(case: Case, device: torch.device) -> dict[str, object]:
     return dict(case.inputs(device, torch.Generator().manual_seed(0)))
-
-
-def in_float32(inputs: dict[str, object]) -> dict[str, object]:
-    """The same call with every tensor, and every dtype that it names, in float32."""
-    wide = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.float()
-        wide[name] = torch.float32 if isinstance(value, torch.dtype) else value
-    return wide
-
-
-def gradients(run, inputs: dict[str, object]) -> dict[str, Tensor]:
-    """Gradients of a random projection of all results, for every floating-point argument."""
-    leaves = {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    results = as_tuple(run(**leaves))
-    generator = torch.Generator().manual_seed(1)
-    total = sum((r.float() * torch.randn(r.shape, generator=generator).to(r.device)).sum() for r in results)
-    wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
 
 
 def compare_gradients(op: Op, inputs: dict[str, object], tolerance: float) -> None:
@@ -68,7 +41,7 @@ def compare_gradients(op: Op, inputs: dict[str, object], tolerance: float) -> No
 @pytest.mark.parametrize(("op", "case"), SMALL)
 def test_values(op: Op, case: Case, kernel_device: torch.device) -> None:
     for inputs, tolerance in ((draw(case, kernel_device), 4e-3), (in_float32(draw(case, kernel_device)), 1e-6)):
-        for result, expected in zip(as_tuple(op.run(**inputs)), as_tuple(op.reference(**inputs)), strict=True):
+        for result, expected in zip(tensors(op.run(**inputs)), tensors(op.reference(**inputs)), strict=True):
             assert error(result, expected) < tolerance
 
 
@@ -230,6 +203,21 @@ def test_registration() -> None:
         torch.library.opcheck(op.default, args)
 
 
+def test_layer_norm_and_linear_are_one_node_with_gradients() -> None:
+    x = torch.randn(5, 2, 20).transpose(0, 1).requires_grad_()
+    weight, bias = torch.randn(20).requires_grad_(), torch.randn(20).requires_grad_()
+    torch.library.opcheck(torch.ops.kinora.layer_norm.default, (x, weight, bias, 1e-6))
+    torch.library.opcheck(torch.ops.kinora.layer_norm.default, (x, None, None, 1e-6))
+    matrix = torch.randn(8, 20).requires_grad_()
+    torch.library.opcheck(torch.ops.kinora.linear.default, (x, matrix, None))
+    for run, given in ((ops.layer_norm, (x, weight, bias)), (ops.linear, (x, matrix, bias[:8]))):
+        plain = torch.autograd.grad(run(*given).square().sum(), given)
+        with using(True):
+            registered = torch.autograd.grad(run(*given).square().sum(), given)
+        for found, wanted in zip(registered, plain, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_errors(kernel_device: torch.device) -> None:
     x = torch.randn(2, 6, 20, device=kernel_device)
     one = torch.randn(2, 1, 20, device=kernel_device)
@@ -259,3 +247,15 @@ def test_errors(kernel_device: torch.device) -> None:
         ops.audio_residual(x, torch.cat((x, x)))
     with pytest.raises(ValueError, match="do not fit x"):
         ops.audio_residual(x, x[:, :5])
+
+
+@pytest.mark.parametrize("op", rowwise.GRADIENTS, ids=lambda op: op.name)
+def test_the_benchmark_checks_values_and_gradients(
+    op: Op, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowwise, "DEVICE", kernel_device)
+    case = next(case for case in op.cases() if case.small)
+    error, right = rowwise.check(op, case)
+    assert right and error <= case.tolerance
+    monkeypatch.setattr(rowwise, "gradients", lambda run, given: {"x": given["x"] * (1 if run is op.run else 2)})
+    assert not rowwise.check(op, case)[1]

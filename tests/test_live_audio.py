@@ -8,22 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinora.runtime.encoders.live_audio import LiveAudioFeatures, LiveWindow
-from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size, normalise_waveform
+from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, normalise_waveform
 from kinora.runtime.errors import InputError
+from test_encoders import TINY_SPEECH
 from torch import Tensor
-
-TINY_SPEECH = Wav2Vec2Size(
-    dim=16,
-    heads=2,
-    layers=2,
-    ffn=24,
-    stable=True,
-    conv_channels=(8,) * 7,
-    conv_bias=True,
-    conv_norm="layer",
-    position_kernel=8,
-    position_groups=2,
-)
 
 
 def pull(live: LiveAudioFeatures, sound: Tensor, cuts: list[int]) -> Tensor:

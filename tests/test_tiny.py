@@ -19,8 +19,6 @@ from kinora.runtime.media.video import Clip
 from safetensors import safe_open
 from test_media import write_sound
 
-pytestmark = pytest.mark.xdist_group("tiny")  # its tests share what they generate
-
 RATE, FPS = 16_000, 25
 SEED = 5
 SIDE = 192

@@ -5,30 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kinora.graphs.models.wan_vae import VaeConfig, WanVae
+from kinora.graphs.models.wan_vae import VaeConfig
 from kinora.graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
 from kinora.kernels.dispatch import using
+from test_vae import TINY, make_vae
 from torch import Tensor
 
-TINY = VaeConfig(
-    dim=4,
-    z_dim=3,
-    dim_mult=(1, 2, 3, 4),
-    num_res_blocks=1,
-    temporal_downsample=(False, True, True),
-    latent_mean=(0.1, -0.2, 0.3),
-    latent_std=(1.5, 0.5, 2.0),
-)
 FLAT = replace(TINY, dim_mult=(2,), temporal_downsample=())
 CUTS = [[1, 1, 1, 1, 1], [5], [3, 2], [2, 3], [1, 3, 1]]
-
-
-def make_vae(config: VaeConfig) -> WanVae:
-    vae = WanVae(config)
-    for name, parameter in vae.named_parameters():
-        if name.endswith("gamma"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return vae.eval().requires_grad_(False)
 
 
 def relative(computed: Tensor, expected: Tensor) -> float:

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon needs matrices; a parameter of shape {tuple(p.shape)} goes to AdamW")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:  # the types that torch's overloads ask for
         for group in self.param_groups:
             alike: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor, bool]]] = defaultdict(list)
             for p in group["params"]:
@@ -118,6 +118,6 @@ def split_parameters(module: nn.Module, apart: tuple[str, ...] = ()) -> tuple[li
     matrices: list[nn.Parameter] = []
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not name.startswith(apart or "\0"):
-            matrices.append(part.weight)
+            matrices.append(part.get_parameter("weight"))
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in module.parameters() if id(p) not in chosen]

@@ -16,7 +16,7 @@ def plot_roofline(report: Report, path: Path) -> bool:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError("the plot needs matplotlib: pip install matplotlib, or pass --no-plot") from error
+        raise InputError("the plot needs matplotlib: pip install 'kinora[bench]', or pass --no-plot") from error
     shown = [r for r in report.results if r.seconds and r.flops and r.bytes]
     if not shown or report.roofline is None:
         return False

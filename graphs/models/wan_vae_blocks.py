@@ -49,22 +49,19 @@ class ChannelRmsNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * (ndim - 2)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        """With `silu`, what stands before every causal convolution: one kernel where the fused op runs."""
+        if silu and fused(x, self.gamma):
+            return ops.channel_norm_silu(x, self.gamma.flatten())
         gamma = self.gamma.reshape(-1, *(1,) * (x.dim() - 2))
         root = x.shape[1] ** 0.5
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         if not self.wide:
             norm = norm.to(x.dtype)
         y = x / norm.clamp_min(1e-12)
-        if torch.is_grad_enabled():
-            return y * root * gamma
-        return y.mul_(root).mul_(gamma)
-
-    def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the norm, what stands before every causal convolution: one kernel where the fused op runs."""
-        if fused(x, self.gamma):
-            return ops.channel_norm_silu(x, self.gamma.flatten())
-        return F.silu(self(x), inplace=not torch.is_grad_enabled())
+        in_place = not torch.is_grad_enabled()
+        y = y.mul_(root).mul_(gamma) if in_place else y * root * gamma
+        return F.silu(y, inplace=in_place) if silu else y
 
 
 class CausalConv3d(nn.Conv3d):
@@ -116,8 +113,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cursor: SlotCursor) -> Tensor:
         norm_a, conv_a, norm_b, conv_b = self.residual.values()
-        y = conv_a(norm_a.silu(x), cursor)
-        y = conv_b(norm_b.silu(y), cursor)
+        y = conv_a(norm_a(x, silu=True), cursor)
+        y = conv_b(norm_b(y, silu=True), cursor)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -226,7 +223,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.downsamples, *self.middle):
             x = block(x, cursor)
-        return self.head["2"](self.head["0"].silu(x), cursor)
+        return self.head["2"](self.head["0"](x, silu=True), cursor)
 
 
 class Decoder(nn.Module):
@@ -251,4 +248,4 @@ class Decoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.middle, *self.upsamples):
             x = block(x, cursor)
-        return self.head["2"](self.head["0"].silu(x), cursor)
+        return self.head["2"](self.head["0"](x, silu=True), cursor)
