@@ -8,6 +8,8 @@ that layout. A pixel with NaN or Inf gives NaN in its own channels only. Gradien
 Errors: ValueError when gamma has not one value a channel.  Source: wan.md, 2.1.2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -109,8 +111,8 @@ def _(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("kinora::channel_norm_silu_backward", mutates_args=())
 def _backward_op(dy: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     if not triton_runs(dy, x, gamma):
-        _, pull = torch.func.vjp(lambda a, b: reference(a, b, dy.dtype), x, gamma)
-        dx, dgamma = pull(dy)
+        pair: Any = torch.func.vjp(lambda a, b: reference(a, b, dy.dtype), x, gamma)
+        dx, dgamma = pair[1](dy)
         return dx.contiguous(), dgamma
     rows, grads = _channels_last(x), _channels_last(dy)
     dx = torch.empty_like(rows)

@@ -77,7 +77,8 @@ def autograd_by_reference(op: Any, reference: Callable[..., Any]) -> None:
                 full[i] = value
             return reference(*ctx.rebuild(full))
 
-        result, pull = torch.func.vjp(run, *(flat[i] for i in live))
+        pair: Any = torch.func.vjp(run, *(flat[i] for i in live))
+        result, pull = pair
         if isinstance(result, tuple):
             cotangent: Any = tuple(torch.zeros_like(r) if g is None else g for r, g in zip(result, grads, strict=True))
         else:

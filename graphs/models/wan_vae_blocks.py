@@ -8,6 +8,7 @@ Shapes: B batch, C channels, T frames, H, W rows and columns.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(dim_in, dim_out, 1) if dim_in != dim_out else None
 
     def forward(self, x: Tensor, cursor: SlotCursor) -> Tensor:
-        norm_a, conv_a, norm_b, conv_b = self.residual.values()
+        layers: Any = self.residual.values()
+        norm_a, conv_a, norm_b, conv_b = layers
         y = conv_a(norm_a.silu(x), cursor)
         y = conv_b(norm_b.silu(y), cursor)
         return y + (x if self.shortcut is None else self.shortcut(x))
@@ -226,7 +228,8 @@ class Encoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.downsamples, *self.middle):
             x = block(x, cursor)
-        return self.head["2"](self.head["0"].silu(x), cursor)
+        norm: Any = self.head["0"]
+        return self.head["2"](norm.silu(x), cursor)
 
 
 class Decoder(nn.Module):
@@ -251,4 +254,5 @@ class Decoder(nn.Module):
         x = self.conv1(x, cursor)
         for block in (*self.middle, *self.upsamples):
             x = block(x, cursor)
-        return self.head["2"](self.head["0"].silu(x), cursor)
+        norm: Any = self.head["0"]
+        return self.head["2"](norm.silu(x), cursor)

@@ -41,15 +41,17 @@ class Prepared:
 
 @dataclass
 class Report:
-    """What one pass did: a line a match, or a count."""
+    """What one pass did: a count, a line a match, and which layer of the model each of these lines is about."""
 
     name: str
     matches: int = 0
     lines: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
-    def add(self, line: str) -> None:
+    def add(self, line: str, node: fx.Node) -> None:
         self.matches += 1
         self.lines.append(line)
+        self.layers.append(node.meta.get("layer", ""))
 
 
 @dataclass

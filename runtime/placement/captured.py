@@ -38,10 +38,10 @@ class StaticInputs:
 
     @classmethod
     def like(cls, x: Tensor, block: BlockInputs, device: torch.device) -> "StaticInputs":
-        empty = [torch.zeros_like(t, device=device) for t in (x, block.audio)]
         pose = None if block.pose is None else torch.zeros_like(block.pose, device=device)
         index, distances = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, len(block.distances)))
-        return cls(*empty, index, distances, pose, torch.zeros_like(x, device=device))
+        x, out, audio = (torch.zeros_like(t, device=device) for t in (x, x, block.audio))
+        return cls(x, audio, index, distances, pose, out)
 
     def fill(self, x: Tensor, block: BlockInputs) -> None:
         found = x.shape, block.audio.shape, block.pose is not None

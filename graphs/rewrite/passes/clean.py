@@ -1,0 +1,44 @@
+"""Calls that change nothing go, and every weight becomes one node."""
+
+import torch
+from torch import fx
+
+from ..nodes import TO, calls, finish, mutates, operands, replace
+from ..program import Program, Report, constant, value_of
+
+CAT = torch.ops.aten.cat.default
+SLICE = torch.ops.aten.slice.Tensor
+
+
+def clean(program: Program) -> Report:
+    """Casts to the dtype that a tensor has, whole slices and joins of one tensor go; weights stand before all calls."""
+    report = Report("clean")
+    for node in calls(program, TO, CAT, SLICE):
+        same = _same(node)
+        if same is not None:
+            replace(program, node, same)
+            report.matches += 1
+    first = next(node for node in program.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    seen: dict[int, fx.Node] = {}
+    for node in [node for node in program.graph.nodes if node.op == "get_attr"]:
+        known = seen.setdefault(id(constant(program.module, node)), node)
+        if known is node:
+            first.prepend(node)
+        else:
+            replace(program, node, known)
+    report.lines = [f"{report.matches} calls that change nothing removed"]
+    finish(program)
+    return report
+
+
+def _same(node: fx.Node) -> fx.Node | None:
+    """The input that the call returns as it is, or None."""
+    args = operands(node)
+    if node.target is CAT:
+        copied = any(mutates(user) for user in node.users)  # the copy is wanted
+        return args[0][0] if len(args[0]) == 1 and not copied else None
+    (x, *rest) = args
+    if node.target is TO:
+        # further arguments ask for a copy or a layout
+        return x if len(rest) == 1 and not node.kwargs and value_of(x).dtype == rest[0] else None
+    return x if value_of(x).shape == value_of(node).shape else None
