@@ -65,6 +65,8 @@ def _joined_weights(program: Program, parts: list[fx.Node]) -> list[Any] | None:
         if not all(node is None or isinstance(node, fx.Node) for node in column):
             break  # dtypes and switches, which follow
         columns.append(column)
+    if parts[0].target is K.fp8_matmul.default and any(value_of(scale).dim() < 2 for scale in columns[1]):
+        return None  # one scale for a whole weight: each product has its own
     rest = {operands(part)[inputs + len(columns) :] for part in parts}
     if len(rest) > 1 or not all(_joinable(program, column) for column in columns):
         return None
@@ -77,9 +79,7 @@ def _joinable(program: Program, column: tuple[Any, ...]) -> bool:
     if any(node is None or node.op != "get_attr" for node in column):
         return False
     values = [constant(program.module, node) for node in column]
-    # scales of a whole tensor [1] cannot be joined: each product has its own
-    by_tensor = any(value.numel() == 1 and value.dim() == 1 for value in values)
-    return len({value.dtype for value in values}) == 1 and not by_tensor
+    return len({value.dtype for value in values}) == 1
 
 
 def _join(program: Program, column: tuple[Any, ...]) -> fx.Node | None:
