@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from kinora.graphs.models.wan import WanModel
 from kinora.graphs.models.wan_configs import WanConfig
 from kinora.graphs.rewrite import passes
+from kinora.graphs.rewrite.cost import measure
+from kinora.graphs.rewrite.explain import explain
 from kinora.graphs.rewrite.program import Argument, Program, trace
 from kinora.graphs.rewrite.recipe import NothingMatched, Recipe, apply
+from kinora.graphs.rewrite.work import Ceilings
 from kinora.kernels import ops
 from torch import Tensor, nn
 
@@ -282,3 +285,42 @@ def test_programs_say_what_they_take() -> None:
         made(x0=[tokens()])
     with pytest.raises(ValueError, match="lifetime"):
         Argument(tokens(), "week")
+
+
+def test_costs_follow_from_shapes() -> None:
+    model, x = Projections((8, 24, 8)), tokens()
+    made = program(model, x)
+    apply(made, Recipe())
+    rows, own = 2 * LENGTH, 4 * 2 * LENGTH * WIDTH
+    (product,) = measure(made.graph)
+    assert product.flops == 2 * rows * WIDTH * 40
+    assert product.bytes == own + 4 * (40 * WIDTH + 40 + rows * 40)
+    assert sum(call.flops for call in made.traced) == product.flops
+    fast = Ceilings(bf16=1e6, memory=1e-6)
+    assert product.seconds(fast) == pytest.approx(product.bytes / 1e6)
+    with pytest.raises(ValueError, match="more than 0"):
+        Ceilings(memory=0)
+
+
+def test_explain_names_layers_and_changes() -> None:
+    model, x = Projections((8, 8)), tokens()
+    blocks = nn.ModuleDict({"blocks": nn.ModuleList([model]), "head": Projections((4, 4))})
+
+    def both(x: Tensor) -> Tensor:
+        return blocks["head"](x) + blocks["blocks"][0](x).sum()  # type: ignore[index]
+
+    made = program(blocks, x, function=both)
+    apply(made, Recipe())
+    lines = explain(made).splitlines()
+    table = {line.split()[0]: line for line in lines if "->" in line}
+    assert {"head", "blocks.0", "all"} <= set(table) and "concatenate 2" in table["all"]
+    assert any(line.startswith("(outside)") for line in lines) and "4.3 TB/s" in lines[-1]
+
+
+def test_meta_models_are_explained_without_weights() -> None:
+    with torch.device("meta"):
+        model, x = Projections((32, 32)).bfloat16(), tokens().bfloat16()
+    made = program(model, x)
+    apply(made, Recipe(fp8=True, expect=("concatenate", "quantise")))
+    assert "without weights" in "\n".join(line for report in made.reports for line in report.lines)
+    assert measure(made.graph)[-1].fp8

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...kernels import attention_fp8, kv_cache, ops  # noqa: F401  they register what `K` finds
 from .program import Program, add_constant, value_of
 
 K = torch.ops.kinora

@@ -8,12 +8,16 @@ from ..program import Program, Report, constant, value_of
 
 CAT = torch.ops.aten.cat.default
 SLICE = torch.ops.aten.slice.Tensor
+REPEAT = torch.ops.aten.repeat_interleave.self_int
 
 
 def clean(program: Program) -> Report:
-    """Casts to the dtype that a tensor has, whole slices and joins of one tensor go; weights stand before all calls."""
+    """Casts to the dtype that a tensor has, whole slices, joins and repeats of one tensor go.
+
+    Weights come to stand before all calls.
+    """
     report = Report("clean")
-    for node in calls(program, TO, CAT, SLICE):
+    for node in calls(program, TO, CAT, SLICE, REPEAT):
         same = _same(node)
         if same is not None:
             replace(program, node, same)
@@ -34,10 +38,11 @@ def clean(program: Program) -> Report:
 def _same(node: fx.Node) -> fx.Node | None:
     """The input that the call returns as it is, or None."""
     args = operands(node)
+    if node.target in (CAT, REPEAT) and any(mutates(user) for user in node.users):
+        return None  # the copy is wanted
     if node.target is CAT:
-        copied = any(mutates(user) for user in node.users)  # the copy is wanted
-        return args[0][0] if len(args[0]) == 1 and not copied else None
-    (x, *rest) = args
+        return args[0][0] if len(args[0]) == 1 else None
+    x, *rest = args
     if node.target is TO:
         # further arguments ask for a copy or a layout
         return x if len(rest) == 1 and not node.kwargs and value_of(x).dtype == rest[0] else None
