@@ -8,6 +8,7 @@ from .concatenate import concatenate
 from .emit import emit, share
 from .fold import fold
 from .fuse import fuse
+from .lift import lift
 from .quantise import quantise
 
-__all__ = ["clean", "concatenate", "emit", "fold", "fuse", "quantise", "share"]
+__all__ = ["clean", "concatenate", "emit", "fold", "fuse", "lift", "quantise", "share"]

@@ -3,12 +3,13 @@
 import torch
 from torch import fx
 
-from ..nodes import TO, calls, finish, mutates, operands, replace
+from ..nodes import TO, calls, finish, insert, mutates, operands, replace
 from ..program import Program, Report, constant, value_of
 
 CAT = torch.ops.aten.cat.default
 SLICE = torch.ops.aten.slice.Tensor
 REPEAT = torch.ops.aten.repeat_interleave.self_int
+CAST_LIKE = torch.ops.aten.type_as.default
 
 
 def clean(program: Program) -> Report:
@@ -17,6 +18,9 @@ def clean(program: Program) -> Report:
     Weights come to stand before all calls.
     """
     report = Report("clean")
+    for node in calls(program, CAST_LIKE):
+        args = operands(node)[0], value_of(node).dtype
+        replace(program, node, insert(node, TO, args, node.meta["val"]))
     for node in calls(program, TO, CAT, SLICE, REPEAT):
         same = _same(node)
         if same is not None:

@@ -6,6 +6,10 @@ from torch import fx
 from ..nodes import VIEWS, drop, finish, mutates, replace, weight_node, written
 from ..program import Program, Report
 
+ATEN = torch.ops.aten
+COUNTING = (ATEN.arange.default, ATEN.arange.start, ATEN.arange.start_step)
+"""Calls without inputs that give the same every time."""
+
 
 def fold(program: Program) -> Report:
     """What depends on weights alone is computed now; what depends on the noise level too, once per noise level.
@@ -36,7 +40,7 @@ def _lifetimes(program: Program) -> dict[fx.Node, str]:
             lifetime[node] = "model"
         elif node.op == "call_function" and not mutates(node):
             needs = {lifetime.get(source, "step") for source in node.all_input_nodes}
-            known = needs <= {"model", "schedule"} and bool(needs)
+            known = needs <= {"model", "schedule"} and (bool(needs) or node.target in COUNTING)
             lifetime[node] = ("schedule" if "schedule" in needs else "model") if known else "step"
     return lifetime
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..nodes import TO, K, calls, drop, finish, like, operands, outputs, source
+from ..nodes import TO, K, calls, drop, finish, like, mutates, operands, outputs, source
 from ..program import Program, Report, value_of
 
 SUMS = (K.gated_residual.default, torch.ops.aten.add.Tensor, K.audio_residual.default)
@@ -55,9 +55,8 @@ def fuse(program: Program) -> Report:
         if gate is not None and not norm.affine and norm.rows is not rows:
             continue
         rows = rows if norm.affine else norm.rows
-        order = {n: i for i, n in enumerate(program.graph.nodes)}
         tables = [n for n in (norm.shift, norm.scale, rows) if isinstance(n, fx.Node)]
-        if any(order[n] > order[seam.total] for n in tables):
+        if not _come_before(program, seam.total, tables):
             continue
         dtypes = value_of(seam.stream).dtype, value_of(source(node)).dtype, value_of(node).dtype
         args = (x, y, gate, norm.shift, norm.scale, rows, norm.eps, norm.affine, *dtypes)
@@ -68,6 +67,25 @@ def fuse(program: Program) -> Report:
         drop(program, node, *(n for n in (seam.cast, seam.total) if n is not None))
     finish(program)
     return report
+
+
+def _come_before(program: Program, total: fx.Node, tables: list[fx.Node]) -> bool:
+    """Whether the norm's tables are there when the sum is; moves them there where nothing speaks against it."""
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    late: set[fx.Node] = set()
+    stack = list(tables)
+    while stack:
+        node = stack.pop()
+        if order[node] > order[total] and node not in late:
+            late.add(node)
+            stack += node.all_input_nodes
+        elif node is total:
+            return False
+    if late and any(mutates(node) for node in order):
+        return False  # what is moved could read what is written meanwhile
+    for node in sorted(late, key=lambda n: order[n]):
+        total.prepend(node)
+    return True
 
 
 def _seam(norm: fx.Node) -> Seam | None:
