@@ -19,8 +19,8 @@ LIVEAVATAR_IGNORE = (
 class Fp8Linear(nn.Module):
     """A linear layer with e4m3 weights and dynamically quantised input.
 
-    "tensor" is the published recipe: the input is quantised as it comes, the result has its dtype. "row" takes the place
-    of the layer to the letter: input and result have the dtype of its weights.
+    "tensor" is the published recipe: the input is quantised as it comes, the result has its dtype. "row" takes the
+    place of the layer to the letter: input and result have the dtype of its weights.
     """
 
     weight: Tensor

@@ -415,3 +415,25 @@ def test_sizes_are_width_by_height():
     for text in ("1x2x3", "-5", "axb", "x"):
         with pytest.raises(InputError):
             parse_size(text)
+
+
+def test_compile_explains_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "--explain", "tiny"]) == 0
+    told = capsys.readouterr().out
+    assert "quantise" in told and "blocks.5" in told and "1300 TFLOP/s FP8" in told
+    assert main(["compile", "tiny", "--precision", "float32"]) == 0
+    assert "concatenate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nobody"], "there is no model 'nobody'"),
+        (["tiny", "--precision", "int3"], "precision 'int3' is not known"),
+        (["tiny", "--size", "100x100"], "multiples of 16"),
+        (["tiny", "--memory", "0"], "ceilings must be more than 0"),
+    ],
+)
+def test_compile_says_what_is_wrong(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -5,16 +5,19 @@ Arguments are pytrees of tensors, each with a lifetime: how long its values stay
 tensors that the function closes over are constants of the graph, which live as long as the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...kernels import dispatch
+from .work import Work
 
 LIFETIMES = ("model", "schedule", "prompt", "block", "step")
 """From the longest: weights; the noise levels; a prompt; a block's audio and place; one denoising step."""
@@ -41,15 +44,17 @@ class Prepared:
 
 @dataclass
 class Report:
-    """What one pass did: a line a match, or a count."""
+    """What one pass did: a count, a line a match, and which layer of the model each of these lines is about."""
 
     name: str
     matches: int = 0
     lines: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
-    def add(self, line: str) -> None:
+    def add(self, line: str, node: fx.Node) -> None:
         self.matches += 1
         self.lines.append(line)
+        self.layers.append(node.meta.get("layer", ""))
 
 
 @dataclass
@@ -61,6 +66,8 @@ class Program:
     reports: list[Report] = field(default_factory=list)
     prologues: dict[str, tuple[fx.GraphModule, list[bool]]] = field(default_factory=dict)
     """Argument -> what is computed from it ahead, and which of its tensors that reads; see `passes.fold`."""
+    traced: list[Work] = field(default_factory=list)
+    """What the calls did before the passes ran."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -117,16 +124,52 @@ def trace(function: Callable[..., Any], arguments: Mapping[str, Argument], model
         }
         return function(**rebuilt)
 
-    with dispatch.using(True), torch.no_grad():
+    with dispatch.using(True), torch.no_grad(), _layers(model):
         module = make_fx(flat, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*tensors)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, (name, lifetime) in zip(inputs, places, strict=True):
         node.meta["argument"], node.meta["lifetime"] = name, lifetime
     names = {} if model is None else {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
     for node in module.graph.nodes:
+        node.meta["layer"] = node.meta.pop("custom", {}).get("layer", "")
         if node.op == "get_attr":
             node.meta["weight"] = names.get(id(constant(module, node)), str(node.target))
     return Program(module, specs)
+
+
+@contextmanager
+def _layers(model: nn.Module | None) -> Iterator[None]:
+    """While tracing, every node learns which layer of `model` it belongs to: "blocks.3", "head"."""
+    inside: list[AbstractContextManager[Any]] = []
+
+    def enter(layer: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            inside.append(traceback.annotate({"layer": layer}))
+            inside[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        inside.pop().__exit__(None, None, None)
+
+    handles = []
+    for name, module in [] if model is None else model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(enter(layer_name(name))))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        with traceback.preserve_node_meta():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_name(name: str) -> str:
+    """The layer of a module or weight: "blocks.3.ffn.0" -> "blocks.3", "head.head" -> "head"."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[: number + 1])
 
 
 def constant(module: fx.GraphModule, node: fx.Node) -> Tensor:

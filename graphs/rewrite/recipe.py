@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import passes
+from .cost import measure
 from .program import Program, Report
 
 SENSITIVE = (
@@ -41,6 +42,7 @@ class NothingMatched(RuntimeError):
 
 def apply(program: Program, recipe: Recipe, packed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Program:
     """Run the passes of `recipe` on `program`, in place; returns it. `packed`: quantised weights to share by name."""
+    program.traced = program.traced or measure(program.graph)
     steps = [
         (True, lambda: passes.clean(program)),
         (recipe.fold, lambda: passes.fold(program)),

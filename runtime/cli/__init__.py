@@ -13,6 +13,7 @@ import typer
 
 from ..errors import KinoraError
 from .bench import PASS_ON, bench
+from .compile import compile
 from .face import face
 from .generate import generate
 from .info import info
@@ -21,6 +22,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 app.command()(generate)
 app.command()(face)
 app.command()(info)
+app.command()(compile)
 app.command(context_settings=PASS_ON)(bench)
 
 

@@ -38,10 +38,10 @@ class StaticInputs:
 
     @classmethod
     def like(cls, x: Tensor, block: BlockInputs, device: torch.device) -> "StaticInputs":
-        empty = [torch.zeros_like(t, device=device) for t in (x, block.audio)]
         pose = None if block.pose is None else torch.zeros_like(block.pose, device=device)
         index, distances = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, len(block.distances)))
-        return cls(*empty, index, distances, pose, torch.zeros_like(x, device=device))
+        x, out, audio = (torch.zeros_like(t, device=device) for t in (x, x, block.audio))
+        return cls(x, audio, index, distances, pose, out)
 
     def fill(self, x: Tensor, block: BlockInputs) -> None:
         found = x.shape, block.audio.shape, block.pose is not None
@@ -122,29 +122,41 @@ class CapturedBlock:
     @torch.no_grad()
     def denoise(self, x: Tensor, block: BlockInputs) -> Tensor:
         """Latents [1, 16, block latents, h, w] at the first step's noise level -> after the last step."""
+        static = self._fill(x, block)
+        if self.program is None:
+            self.program = self._compile(block)
+        self.replay()
+        return static.out.clone()
+
+    @torch.no_grad()
+    def compile(self, x: Tensor, block: BlockInputs) -> Program:
+        """The rewritten step for inputs like these, without running it; works on the meta device too."""
+        self._fill(x, block)
+        self.program = self._compile(block)
+        return self.program
+
+    def _fill(self, x: Tensor, block: BlockInputs) -> StaticInputs:
         if self.memory is None:
             raise RuntimeError("there is no condition yet; call condition() before the first block")
         if self.static is None:
             self.static = StaticInputs.like(x, block, self.dit.device)
         self.static.fill(x, block)
-        if self.program is None:
-            self._compile(block)
-        self.replay()
-        return self.static.out.clone()
+        return self.static
 
-    def _compile(self, block: BlockInputs) -> None:
+    def _compile(self, block: BlockInputs) -> Program:
         dit, static, memory = self.dit, self.static, self.memory
         assert static is not None and memory is not None
         audio = dit.encode_audio(static.audio)
         self.mask = dit.token_mask(audio, block.actor_mask, static.x.shape[2], self.grid)
         rope = dit.noisy_rope(0, static.x.shape[2], self.grid)
-        self.program = trace_step(
+        program = trace_step(
             dit, static.x, self.times[0], self.text, audio, memory.layers[0], rope, static.pose, self.mask
         )
-        apply(self.program, self.recipe)
-        self.prepared = [self.program.prepare("time", time) for time in self.times]
-        self.text_inputs = self.program.prepare("text", self.text)
-        self.memories = [self.program.prepare("memories", layers) for layers in memory.layers]
+        apply(program, self.recipe)
+        self.prepared = [program.prepare("time", time) for time in self.times]
+        self.text_inputs = program.prepare("text", self.text)
+        self.memories = [program.prepare("memories", layers) for layers in memory.layers]
+        return program
 
     def _denoise(self) -> None:
         """The whole block over static tensors: what the graph holds."""

@@ -1,0 +1,96 @@
+"""Several linear layers as one product."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..nodes import E4M3, K, calls, drop, finish, insert, operands, weight_node
+from ..program import Program, Report, constant, value_of
+
+PRODUCTS: dict[Any, int] = {K.linear.default: 1, K.fp8_matmul.default: 2}
+"""Linear layers: how many leading arguments are their input; weights, scales and biases follow."""
+SLICE = torch.ops.aten.slice.Tensor
+
+
+def concatenate(program: Program) -> Report:
+    """Linear layers of one input whose results are concatenated become one product."""
+    report = Report("concatenate")
+    for cat in calls(program, torch.ops.aten.cat.default):
+        parts, *axes = operands(cat)
+        axis, last = axes[0] if axes else 0, value_of(cat).dim() - 1
+        if axis not in (-1, last) or not _same_input(parts):
+            continue
+        joined = _joined_weights(program, parts)
+        if joined is None:
+            continue
+        name, shape = joined[0].meta["weight"], tuple(value_of(joined[0]).shape)
+        order = {n: i for i, n in enumerate(program.graph.nodes)}
+        first = min(parts, key=lambda part: order[part])
+        inputs, args = PRODUCTS[first.target], operands(first)
+        rest = args[inputs + len(joined) :]
+        product = insert(first, first.target, (*args[:inputs], *joined, *rest), cat.meta["val"])
+        _hand_out(product, parts, cat)
+        report.add(f"{name} {shape}", cat)
+        cat.replace_all_uses_with(product)
+        drop(program, cat)
+    finish(program)
+    return report
+
+
+def _hand_out(product: fx.Node, parts: list[fx.Node], cat: fx.Node) -> None:
+    """What else reads a part reads its columns of the product."""
+    last, behind = value_of(product).dim() - 1, product.next
+    for part in dict.fromkeys(parts):
+        if any(user is not cat for user in part.users):
+            width = value_of(part).shape[-1]
+            start = sum(value_of(other).shape[-1] for other in parts[: parts.index(part)])
+            piece = insert(behind, SLICE, (product, last, start, start + width), part.meta["val"])
+            part.replace_all_uses_with(piece, delete_user_cb=lambda user: user is not cat)
+
+
+def _same_input(parts: list[fx.Node]) -> bool:
+    target = parts[0].target
+    if len(parts) < 2 or target not in PRODUCTS:
+        return False
+    inputs = PRODUCTS[target]
+    return all(part.target is target and part.args[:inputs] == parts[0].args[:inputs] for part in parts)
+
+
+def _joined_weights(program: Program, parts: list[fx.Node]) -> list[Any] | None:
+    """Weights, scales and biases of several products as those of one, or None when they are not constants alike."""
+    inputs = PRODUCTS[parts[0].target]
+    columns: list[tuple[Any, ...]] = []
+    for column in zip(*(operands(part)[inputs:] for part in parts), strict=True):
+        if not all(node is None or isinstance(node, fx.Node) for node in column):
+            break  # dtypes and switches, which follow
+        columns.append(column)
+    if parts[0].target is K.fp8_matmul.default and any(value_of(scale).dim() < 2 for scale in columns[1]):
+        return None  # one scale for a whole weight: each product has its own
+    rest = {operands(part)[inputs + len(columns) :] for part in parts}
+    if len(rest) > 1 or not all(_joinable(program, column) for column in columns):
+        return None
+    return [_join(program, column) for column in columns]
+
+
+def _joinable(program: Program, column: tuple[Any, ...]) -> bool:
+    if all(node is None for node in column):
+        return True
+    if any(node is None or node.op != "get_attr" for node in column):
+        return False
+    values = [constant(program.module, node) for node in column]
+    return len({value.dtype for value in values}) == 1
+
+
+def _join(program: Program, column: tuple[Any, ...]) -> fx.Node | None:
+    if column[0] is None:
+        return None
+    name = f"{column[0].meta['weight']}+{len(column) - 1}"
+    return weight_node(program, name, _cat([constant(program.module, node).detach() for node in column]))
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """Joined along the first axis; e4m3 as bytes, which every PyTorch can join."""
+    if tensors[0].dtype != E4M3:
+        return torch.cat(tensors)
+    return torch.cat([t.view(torch.uint8) for t in tensors]).view(E4M3)

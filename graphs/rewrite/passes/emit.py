@@ -1,0 +1,72 @@
+"""Who quantises a tensor: once for all its readers, and the kernel that makes it where that can."""
+
+import operator
+
+import torch
+from torch import fx
+
+from ..nodes import E4M3, K, calls, drop, finish, like, operands, outputs, source, users
+from ..program import Program, Report, value_of
+
+QUANTIZE = K.quantize_rows.default
+
+
+def share(program: Program) -> Report:
+    """A tensor that several FP8 products read is quantised once."""
+    report = Report("share")
+    first: dict[fx.Node, fx.Node] = {}
+    for node in calls(program, QUANTIZE):
+        known = first.setdefault(source(node), node)
+        if known is node:
+            continue
+        report.add(f"{source(node).name} quantised once", node)
+        _hand_over(program, node, {operands(item)[1]: item for item in known.users})
+    finish(program)
+    return report
+
+
+def emit(program: Program) -> Report:
+    """A tensor that only FP8 products read is quantised by the kernel that makes it."""
+    report = share(program)
+    report.name = "emit"
+    for node in calls(program, QUANTIZE):
+        x = source(node)
+        made = _emitted(program, x) if users(x) == [node] else None
+        if made is None:
+            continue
+        report.add(f"{x.name} leaves its kernel in e4m3", node)
+        _hand_over(program, node, dict(enumerate(made)))
+    finish(program)
+    return report
+
+
+def _hand_over(program: Program, node: fx.Node, results: dict[int, fx.Node]) -> None:
+    """Readers of the tuple that `node` returns read `results`."""
+    for item in users(node):
+        item.replace_all_uses_with(results[operands(item)[1]])
+        drop(program, item)
+    drop(program, node)
+
+
+def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
+    """`x` in e4m3 and its descales, made by its own kernel; None where that cannot."""
+    if value_of(x).dtype != torch.bfloat16:
+        return None
+    values = like(x, dtype=E4M3), like(x, *value_of(x).shape[:-1], 1, dtype=torch.float32)
+    args = operands(x)
+    if x.target is torch.ops.aten.gelu.default and x.kwargs.get("approximate") == "tanh":
+        return outputs(x, K.gelu_quantize_rows.default, args[:1], *values)
+    if x.target is K.adaln.default:
+        return outputs(x, K.adaln_fp8.default, args[:5], *values)
+    call = args[0] if x.target is operator.getitem else None
+    if not isinstance(call, fx.Node) or call.target is not K.residual_norm.default or args[1] != 1:
+        return None
+    inputs, stream_dtype = operands(call)[:10], operands(call)[8]
+    stream, *made = outputs(
+        call, K.residual_norm_fp8.default, inputs, like(inputs[0], dtype=stream_dtype), *values
+    )  # fmt: skip
+    for user in users(call):
+        if operands(user)[1] == 0:
+            user.replace_all_uses_with(stream)
+            drop(program, user)
+    return made

@@ -1,0 +1,62 @@
+"""The compiled denoising step of a model that `load` knows, for looking at it: nothing is denoised.
+
+`liveavatar-14b` is built on the meta device, without weights, memory or a GPU.
+"""
+
+import torch
+
+from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
+from ..graphs.models.liveavatar_memory import RingFormat
+from ..graphs.rewrite.program import Program
+from ..graphs.rewrite.recipe import Recipe
+from .errors import InputError
+from .load import load
+from .placement.captured import CapturedBlock
+from .systems.liveavatar_mode import STREAM, GenerationMode
+from .systems.liveavatar_step import BlockInputs
+
+PRECISIONS = ("float32", "bf16", "fp8")
+PUBLISHED = "liveavatar-14b"
+PUBLISHED_SIZE = (704, 384)  # (height, width) in pixels that both published presets come to for a 9:16 picture
+PIXELS = 16  # a token's side: 8 of the VAE times a patch of 2
+
+
+def compiled_step(name: str, precision: str, size: tuple[int, int] | None = None) -> Program:
+    """The step of model `name` at `size` (height, width) in pixels, None for the model's own.
+
+    Errors: InputError for an unknown name or precision, and for sides that are not multiples of 16.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+    dit, mode, own = _model(name, precision)
+    height, width = size or own
+    if height % PIXELS or width % PIXELS or height <= 0 or width <= 0:
+        raise InputError(f"a video cannot be {width}x{height}; both sides must be positive multiples of {PIXELS}")
+    grid, config = (height // 8, width // 8), dit.config
+    fp8 = precision == "fp8"
+    recipe = Recipe(fp8=fp8, expect=("concatenate", "fuse", "quantise", "emit") if fp8 else ("concatenate", "fuse"))
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dit.dtype, device=dit.device)
+
+    with torch.inference_mode():
+        ring = RingFormat(dit.dtype, "fp8" if fp8 else None)
+        block = CapturedBlock(dit, zeros(1, config.text_dim), mode, grid, recipe, ring)
+        block.condition(zeros(1, config.in_dim, 1, *grid), zeros(1, config.in_dim, sum(config.motion_buckets), *grid))
+        frames = config.num_frames_per_block
+        audio = zeros(1, config.audio_layers, config.audio_dim, mode.frames_per_latent * frames)
+        inputs = BlockInputs(0, audio, (mode.far_distance,) * mode.steps)
+        return block.compile(zeros(1, config.in_dim, frames, *grid), inputs)
+
+
+def _model(name: str, precision: str) -> tuple[LiveAvatar, GenerationMode, tuple[int, int]]:
+    """Transformer, mode, and (height, width) in pixels."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if name == PUBLISHED:
+        with torch.device("meta"):
+            dit = LiveAvatar(LIVEAVATAR_14B)
+        return dit.to(dtype).eval().requires_grad_(False), STREAM, PUBLISHED_SIZE
+    system = load(name, precision=str(dtype).removeprefix("torch."), device="cpu").system
+    if system.size is None:
+        raise InputError(f"{name} has no size of its own; pass --size")
+    return system.dit, system.mode, system.size
