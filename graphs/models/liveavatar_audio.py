@@ -164,10 +164,12 @@ class AudioInjector(nn.Module):
         actors = entries // x.shape[0]
         if actors > 1 and mask is None:
             raise ValueError(f"{actors} actors speak but there is no actor mask; pass actor_mask [actors, F, H, W, 1]")
-        tokens = x.unflatten(1, (frames, -1)).repeat_interleave(actors, 0).flatten(0, 1).float()  # [N*F, P, D]
+        tokens = x.float().repeat_interleave(actors, 0)  # [N, F*P, D]
         if audio.shift is None or audio.scale is None:
             normed = ops.layer_norm(tokens, eps=self.norm_eps)
         else:
-            normed = ops.adaln(tokens, audio.shift, audio.scale, eps=self.norm_eps)
+            shift, scale = (table.view(entries, frames, -1) for table in (audio.shift, audio.scale))  # a row a frame
+            normed = ops.adaln(tokens, shift, scale, eps=self.norm_eps)
+        normed = normed.unflatten(1, (frames, -1)).flatten(0, 1)  # [N*F, P, D]
         residual = self.injector[index](normed, audio.context)
         return ops.audio_residual(x, residual.unflatten(0, (entries, frames)).flatten(1, 2), mask)
