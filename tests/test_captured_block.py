@@ -112,7 +112,8 @@ def test_passes_report_and_missing_matches_are_errors() -> None:
     assert compiled.program is not None
     matches = {report.name: report.matches for report in compiled.program.reports}
     assert matches["concatenate"] == CONFIG.num_layers
-    assert matches["fuse"] == 2 * CONFIG.num_layers + CONFIG.num_layers  # two inside a block, one between or behind
+    # two inside a block, one behind it, one behind the injection of audio
+    assert matches["fuse"] == 3 * CONFIG.num_layers + len(CONFIG.audio_inject_layers)
     with pytest.raises(NothingMatched, match="emit"), torch.inference_mode():
         run(CapturedBlock(dit, torch.randn(5, 16), MODE, GRID, recipe=Recipe(expect=("emit",))), blocks(1), dit)
 

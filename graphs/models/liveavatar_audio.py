@@ -170,5 +170,6 @@ class AudioInjector(nn.Module):
         else:
             shift, scale = (table.view(entries, frames, -1) for table in (audio.shift, audio.scale))  # a row a frame
             normed = ops.adaln(tokens, shift, scale, eps=self.norm_eps)
-        residual = self.injector[index](normed.unflatten(1, (frames, -1)).flatten(0, 1), audio.context)
+        normed = normed.unflatten(1, (frames, -1)).flatten(0, 1)  # [N*F, P, D]
+        residual = self.injector[index](normed, audio.context)
         return ops.audio_residual(x, residual.unflatten(0, (entries, frames)).flatten(1, 2), mask)

@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx
 
-from ..nodes import E4M3, K, calls, drop, finish, like, operands, outputs, source, users
+from ..nodes import E4M3, K, calls, drop, finish, insert, like, operands, outputs, source, users
 from ..program import Program, Report, value_of
 
 QUANTIZE = K.quantize_rows.default
@@ -30,12 +30,15 @@ def emit(program: Program) -> Report:
     report = share(program)
     report.name = "emit"
     for node in calls(program, QUANTIZE):
-        x = source(node)
-        made = _emitted(program, x) if users(x) == [node] else None
+        x, reader = source(node), node
+        while users(x) == [reader] and _keeps_rows(x):
+            x, reader = source(x), x
+        made = _emitted(program, x) if users(x) == [reader] else None
         if made is None:
             continue
         report.add(f"{x.name} leaves its kernel in e4m3", node)
-        _hand_over(program, node, dict(enumerate(made)))
+        x8, descale = made if reader is node else (_shaped(node, part) for part in made)
+        _hand_over(program, node, {0: x8, 1: descale})
     finish(program)
     return report
 
@@ -48,9 +51,25 @@ def _hand_over(program: Program, node: fx.Node, results: dict[int, fx.Node]) -> 
     drop(program, node)
 
 
+def _shaped(node: fx.Node, part: fx.Node) -> fx.Node:
+    """A result of another kernel with the rows that `node` quantises."""
+    shape = [*value_of(source(node)).shape[:-1], value_of(part).shape[-1]]
+    return insert(node, torch.ops.aten.view.default, (part, shape), like(part, *shape))
+
+
+def _keeps_rows(x: fx.Node) -> bool:
+    """Whether `x` only counts the rows of what it reads in another way."""
+    if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default):
+        return False
+    return value_of(x).shape[-1] == value_of(source(x)).shape[-1]
+
+
 def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
-    """`x` in e4m3 and its descales, made by its own kernel; None where that cannot."""
-    if value_of(x).dtype != torch.bfloat16:
+    """`x` in e4m3 and its descales, made by its own kernel; None where that cannot.
+
+    These kernels round to bfloat16 first, as a linear layer in bfloat16 rounds a float32 input.
+    """
+    if value_of(x).dtype not in (torch.bfloat16, torch.float32):
         return None
     values = like(x, dtype=E4M3), like(x, *value_of(x).shape[:-1], 1, dtype=torch.float32)
     args = operands(x)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..nodes import TO, K, calls, drop, finish, like, mutates, operands, outputs, source
+from ..nodes import TO, VIEWS, K, calls, drop, finish, like, mutates, operands, outputs, source
 from ..program import Program, Report, value_of
 
 SUMS = (K.gated_residual.default, torch.ops.aten.add.Tensor, K.audio_residual.default)
@@ -81,7 +81,7 @@ def _come_before(program: Program, total: fx.Node, tables: list[fx.Node]) -> boo
             stack += node.all_input_nodes
         elif node is total:
             return False
-    if late and any(mutates(node) for node in order):
+    if any(node.target not in VIEWS for node in late) and any(mutates(node) for node in order):
         return False  # what is moved could read what is written meanwhile
     for node in sorted(late, key=lambda n: order[n]):
         total.prepend(node)
@@ -89,15 +89,19 @@ def _come_before(program: Program, total: fx.Node, tables: list[fx.Node]) -> boo
 
 
 def _seam(norm: fx.Node) -> Seam | None:
-    """The residual sum that `norm` reads, with or without a cast between them."""
+    """The residual sum that `norm` reads, with or without a cast between them, or with one down and one up again."""
     read = source(norm)
+    if read.target is TO and source(read).target is TO:
+        read = source(read)  # the stream goes on narrow, the norm widens it
+        if len(source(read).users) > 1:
+            return None
     cast = read if read.target is TO else None
     total = read if cast is None else source(cast)
     if total.target not in SUMS or not _is_residual(total):
         return None
     if cast is None:
         return Seam(total, None, total)
-    if len(total.users) == 1:
+    if len(total.users) == 1 or cast is not source(norm):
         return Seam(total, cast, cast)  # the cast is what goes on
     return Seam(total, cast, total) if len(cast.users) == 1 else None
 
