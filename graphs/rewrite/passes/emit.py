@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx
 
-from ..nodes import E4M3, K, calls, drop, finish, insert, like, operands, outputs, source, users
+from ..nodes import E4M3, TO, K, calls, drop, finish, insert, like, operands, outputs, source, users
 from ..program import Program, Report, value_of
 
 QUANTIZE = K.quantize_rows.default
@@ -31,7 +31,7 @@ def emit(program: Program) -> Report:
     report.name = "emit"
     for node in calls(program, QUANTIZE):
         x, reader = source(node), node
-        while users(x) == [reader] and _keeps_rows(x):
+        while users(x) == [reader] and _passes_rows_on(x):
             x, reader = source(x), x
         made = _emitted(program, x) if users(x) == [reader] else None
         if made is None:
@@ -57,8 +57,10 @@ def _shaped(node: fx.Node, part: fx.Node) -> fx.Node:
     return insert(node, torch.ops.aten.view.default, (part, shape), like(part, *shape))
 
 
-def _keeps_rows(x: fx.Node) -> bool:
-    """Whether `x` only counts the rows of what it reads in another way."""
+def _passes_rows_on(x: fx.Node) -> bool:
+    """Whether `x` only counts the rows of what it reads in another way, or rounds them to bfloat16, as kernels do."""
+    if x.target is TO:
+        return value_of(x).dtype == torch.bfloat16 and value_of(source(x)).dtype == torch.float32
     if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default):
         return False
     return value_of(x).shape[-1] == value_of(source(x)).shape[-1]
