@@ -17,6 +17,7 @@ from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
 from ..graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WAN21_VAE, WanVae
 from ..graphs.quantize import quantize_linears
 from ..runtime import load
+from ..runtime.compile import PUBLISHED, PUBLISHED_SIZE
 from ..runtime.encoders.live_audio import LiveAudioFeatures, LiveWindow
 from ..runtime.encoders.wav2vec import WAV2VEC2_LARGE_XLSR, Wav2Vec2Encoder
 from ..runtime.errors import InputError
@@ -25,8 +26,6 @@ from ..runtime.systems.liveavatar_mode import STREAM, GenerationMode
 
 Precision = Literal["float32", "bf16", "fp8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-PUBLISHED = "liveavatar-14b"
-PUBLISHED_SIZE = (704, 384)  # (height, width) in pixels that both published presets come to for a 9:16 picture
 PUBLISHED_MEMORY_GB = 40  # of the transformer in bf16 with one rolling cache
 
 

@@ -8,6 +8,20 @@ import torch
 WARM_UP = 2  # calls before recording: kernels are compiled, libraries choose their algorithms
 
 
+def record(function: Callable[[], object], device: torch.device, warm_up: int = WARM_UP) -> torch.cuda.CUDAGraph:
+    """Call `function` `warm_up` times on a stream of its own, then record one more call of it."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 class Replay:
     """Calls `function()`, which reads and writes static tensors only; on a GPU records it at the first call.
 
@@ -31,21 +45,11 @@ class Replay:
             self.graph.replay()
 
     def _record(self) -> None:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.function()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.function()
+            self.graph = record(self.function, self.device)
         except RuntimeError as error:
             self.captured = False
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
                 f"this block cannot be captured as a CUDA graph and runs launch by launch: {reason}", stacklevel=3
             )
-            return
-        self.graph = graph

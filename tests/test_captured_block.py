@@ -1,6 +1,7 @@
 """The compiled block against the plain steps: growing and rolling ring, conditions, poses, several speakers, FP8."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,5 +126,8 @@ def test_another_shape_needs_a_new_stream() -> None:
         run(compiled, blocks(1), dit)
         with pytest.raises(ValueError, match="new stream"):
             compiled.denoise(*blocks(1, pose=True)[0])
+        x, block = blocks(1)[0]
+        with pytest.raises(ValueError, match="actor mask"):
+            compiled.denoise(x, replace(block, actor_mask=torch.ones(1, 12, GRID[0] // 2, GRID[1] // 2, 1)))
     with pytest.raises(RuntimeError, match="condition"):
         CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).denoise(*blocks(1)[0])

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..graphs.capture import record
+
 Step = Callable[..., tuple[Tensor, ...]]
 
 
@@ -35,12 +37,7 @@ class CapturedStep:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = [value.clone() for value in inputs]  # keeps the memory format
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warmup):
-                self.step(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.step(*self.inputs)
+        self.graph = record(self._run, self.device, self.warmup)
+
+    def _run(self) -> None:
+        self.outputs = self.step(*self.inputs)

@@ -110,7 +110,6 @@ class StreamMemory:
 
     layers: list[list[PlainMemory | Fp8Memory]]  # [step][layer]
     reference_ropes: list[Tensor]  # [step], written before the step runs
-    grid: tuple[int, int]
 
     @classmethod
     def allocate(
@@ -119,7 +118,7 @@ class StreamMemory:
         position: Position,
         *,
         steps: int,
-        grid: tuple[int, int],
+        reference_tokens: int,
         condition_tokens: int,
         block_tokens: int,
         blocks: int,
@@ -128,7 +127,6 @@ class StreamMemory:
     ) -> "StreamMemory":
         """Zeros for `blocks` blocks a ring. `norms`: (q, k) weights [D] of every layer's attention."""
         device, head_dim = norms[0][0].device, norms[0][0].numel() // num_heads
-        reference_tokens = grid[0] * grid[1]
         ropes = [torch.zeros(reference_tokens, head_dim // 2, 2, device=device) for _ in range(steps)]
         layers: list[list[PlainMemory | Fp8Memory]] = [[] for _ in range(steps)]
         for weight_q, weight_k in norms:
@@ -146,7 +144,7 @@ class StreamMemory:
                 own = Fp8Segment.allocate(1, blocks, block_tokens, *shape, device=device)
                 scales = (scale_q, scale_k, 1.0 / (scale_q * scale_k))
                 layers[step].append(Fp8Memory(own, condition, reference, rope, position, *scales))
-        return cls(layers, ropes, grid)
+        return cls(layers, ropes)
 
     def store_condition(self, condition: ConditionCache) -> None:
         """Take in a prefill's keys and values, rotated with the reference where an unshifted stream has it."""

@@ -10,6 +10,7 @@ Nothing waits for the GPU. After the first two chunks nothing is allocated outsi
 captured step allocates nothing at all. The weights are copied: later changes of the VAE are not seen.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capture import record
 from ..models.wan_vae import WanVae
 from ..models.wan_vae_blocks import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
 from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Stage, Up, WindowConv
 
 
-class _Stream:
+class _Stream(ABC):
     """Stages in a chain; subclasses fill the first inlet and read what the last one leaves."""
 
     def __init__(self, stages: Sequence[Stage], capacity: int, final: Tensor | None):
@@ -58,20 +60,12 @@ class _Stream:
             raise RuntimeError(f"CUDA graphs need a GPU, this stream lies on {static.device}; step() works without")
         self._graph = None
         self.first = False
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles the kernels, lets the libraries choose theirs
-            self._compute(static)
-            self._compute(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._compute(static)
-        self._graph = graph
+        self._graph = record(lambda: self._compute(static), static.device)
         self.reset()
 
+    @abstractmethod
     def _compute(self, given: Tensor) -> int:
-        raise NotImplementedError
+        """One step, launch by launch; frames that come out."""
 
     def _advance(self, given: Tensor, static: Tensor) -> int:
         """One step, replayed if it is a full one in the middle of the stream; frames that come out."""

@@ -62,8 +62,8 @@ class CapturedBlock:
     """LiveAvatar's steps over static memories; arguments as `SingleDevice`.
 
     `recipe`: what the compiler does; `ring`: how the caches are kept, None for e4m3 in a model with FP8 layers and the
-    model's dtype in others. The actor mask of the first block serves the whole stream. The first block traces, compiles
-    and records; `program` then holds the rewritten step and its reports.
+    model's dtype in others. One actor mask serves the whole stream. The first block traces, compiles and records;
+    `program` then holds the rewritten step and its reports.
     """
 
     def __init__(
@@ -88,7 +88,10 @@ class CapturedBlock:
         self.memory: StreamMemory | None = None
         self.static: StaticInputs | None = None
         self.program: Program | None = None
-        self.prepared: list[Prepared] = []
+        self.prepared: list[Prepared] = []  # the noise level of each step
+        self.memories: list[Prepared] = []  # likewise
+        self.text_inputs = Prepared([])
+        self.actor_mask: Tensor | None = None
         self.mask: Tensor | None = None
         self.replay = Replay(self._denoise, dit.device)
 
@@ -111,7 +114,7 @@ class CapturedBlock:
             [(block.self_attn.norm_q.weight, block.self_attn.norm_k.weight) for block in self.dit.layers],
             self.position,
             steps=self.mode.steps,
-            grid=self.grid,
+            reference_tokens=self.grid[0] * self.grid[1],
             condition_tokens=condition_tokens,
             block_tokens=self.block_tokens,
             blocks=frames // config.num_frames_per_block,
@@ -140,6 +143,9 @@ class CapturedBlock:
             raise RuntimeError("there is no condition yet; call condition() before the first block")
         if self.static is None:
             self.static = StaticInputs.like(x, block, self.dit.device)
+            self.actor_mask = block.actor_mask
+        if block.actor_mask is not self.actor_mask:
+            raise ValueError("this block has another actor mask than the stream began with; open a new stream")
         self.static.fill(x, block)
         return self.static
 
