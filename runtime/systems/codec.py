@@ -1,0 +1,25 @@
+"""What a system needs of a video VAE: `graphs.models.wan_vae.WanVae`, or its captured form in `placement`."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ...graphs.models.wan_vae import DecoderState, VaeConfig
+
+
+class VideoCodec(Protocol):
+    """Videos [B, 3, T, H, W] in [-1, 1] and normalised latents [B, z, F, H / 8, W / 8]."""
+
+    config: VaeConfig
+
+    def encode(self, video: Tensor, /) -> Tensor:
+        """Frames 1 + 4 m -> latents 1 + m, float32."""
+        ...
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        """Latents 1 + m -> frames 1 + 4 m, float32."""
+        ...
+
+    def decode_stream(self, latents: Tensor, state: DecoderState, /) -> Tensor:
+        """The next latents of a stream -> their frames; advances `state`."""
+        ...
