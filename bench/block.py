@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..graphs.models.wan_vae import WanVae
 from ..kernels.dispatch import using
 from ..runtime.placement.single import SingleDevice
+from ..runtime.systems.codec import StreamCodec
 from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
 from ..runtime.systems.liveavatar_decode import StreamDecoder
-from .captured import captured_block, fast_vae
+from .captured import captured_block, captured_decoder
 from .harness.run import Bench, Expected, Ready, Work
 from .models import ModelChoice, weight_bytes
 from .state import BlockCase, Kept
@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bf16": 1e-1, "fp8": 2.5e-1}
 class BlockCall:
     """Noise [1, C, 3, h, w] -> the frames [3, n, H, W] of a block in the middle of a stream."""
 
-    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: WanVae):
+    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: StreamCodec):
         self.case, self.denoiser = case, denoiser
         self.decoder = StreamDecoder(vae, case.motion.float(), case.mode)
         self.decoder.push(case.noises[0].float())  # the opening block, which is shorter
@@ -73,7 +73,8 @@ def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, plain: Kept[Si
     if variant == "kinora":
         plain.free()
         captured = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
-        yield _ready(BlockCall(case, captured, fast_vae(system.vae)))
+        decoder = captured_decoder(system.vae, case.grid, case.mode.block_latents)
+        yield _ready(BlockCall(case, captured, decoder))
         return
     with running("eager" if variant == "compiled" else variant, system.dit, system.vae):
         call = BlockCall(case, plain.get(), system.vae)  # not compiled: the shapes of its opening come only once

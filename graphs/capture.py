@@ -6,19 +6,19 @@ keep nothing in it between replays: results belong in buffers that were allocate
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 WARM_UP = 2  # calls before recording: kernels are compiled, libraries choose their algorithms
-Pool = tuple[int, int]
+Pool = Any  # PyTorch's opaque handle
 
 
 def shared_pool(device: torch.device) -> Pool | None:
     """Working memory for several graphs on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
-    pool: Pool = torch.cuda.graph_pool_handle()
-    return pool
+    return torch.cuda.graph_pool_handle()
 
 
 def record(

@@ -126,12 +126,12 @@ def test_another_shape_needs_a_new_stream() -> None:
     compiled = CapturedBlock(dit, torch.randn(5, 16), MODE, GRID)
     with torch.inference_mode():
         run(compiled, blocks(1), dit)
-        with pytest.raises(ValueError, match="pose .*new stream"):
+        with pytest.raises(ValueError, match=r"pose .*new stream"):
             compiled.denoise(*blocks(1, pose=True)[0])
         x, block = blocks(1)[0]
-        with pytest.raises(ValueError, match="actor mask .*new stream"):
+        with pytest.raises(ValueError, match=r"actor mask .*new stream"):
             compiled.denoise(x, replace(block, actor_mask=torch.ones(1, 12, GRID[0] // 2, GRID[1] // 2, 1)))
-        with pytest.raises(ValueError, match="audio .*new stream"):
+        with pytest.raises(ValueError, match=r"audio .*new stream"):
             compiled.denoise(x, replace(block, audio=block.audio[..., :8]))
     with pytest.raises(RuntimeError, match="condition"):
         CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).denoise(*blocks(1)[0])

@@ -42,7 +42,7 @@ NOISY, REFERENCE, MOTION = range(3)  # rows of `trainable_cond_mask`
 
 
 class StoreLayer(Protocol):
-    """Takes one layer of a prefill: keys before rotation and values [B, C, H, d], and their rotary table [C, d/2, 2]."""
+    """Takes one layer of a prefill: keys before rotation and values [B, C, H, d], their rotary table [C, d/2, 2]."""
 
     def __call__(self, layer: int, kept: KeyValue, /, rope: Tensor) -> None: ...
 

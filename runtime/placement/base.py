@@ -13,9 +13,14 @@ from ..systems.liveavatar_mode import GenerationMode
 class Engine(Protocol):
     """What one session runs on. `turn`: held around its work, where engines cannot work at the same time."""
 
-    vae: VideoCodec
-    denoiser: Denoiser
-    turn: AbstractContextManager[object]
+    @property
+    def vae(self) -> VideoCodec: ...
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def turn(self) -> AbstractContextManager[object]: ...
 
     def release(self) -> None:
         """Give it back; the session must not use it afterwards."""
@@ -25,7 +30,8 @@ class Engine(Protocol):
 class Placement(Protocol):
     """Where the sessions of one avatar run."""
 
-    turn: AbstractContextManager[object]
+    @property
+    def turn(self) -> AbstractContextManager[object]: ...
 
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Engine:
         """An engine for a prompt [n, text_dim] and latents of (rows, columns)."""

@@ -99,9 +99,9 @@ class StaticStream(ABC):
     """A stream of blocks over static buffers; subclasses say what one replay does (`_run`).
 
     `context` [n, text_dim]: prompt rows; `grid`: latent (rows, columns); `recipe`: what the compiler does; `ring`: how
-    the caches are kept, None for e4m3 in a model with FP8 layers (heads of 32, 64 or 128) and its own dtype in others; `shape`: the kind of
-    blocks; `pool`: working memory shared with other graphs. The projections of `dit` are joined in place (same names,
-    same values), so that the compiler's joined weights take no memory of their own.
+    the caches are kept, None for e4m3 in a model with FP8 layers and heads of 32, 64 or 128, and the model's dtype in
+    others; `shape`: the kind of blocks; `pool`: working memory shared with other graphs. The projections of `dit` are
+    joined in place (same names, same values), so that the compiler's joined weights take no memory of their own.
     Errors: ValueError for a model with a local attention window, which a static ring does not have.
     """
 

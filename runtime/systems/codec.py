@@ -7,8 +7,16 @@ from torch import Tensor
 from ...graphs.models.wan_vae import DecoderState, VaeConfig
 
 
-class VideoCodec(Protocol):
-    """Videos [B, 3, T, H, W] in [-1, 1] and normalised latents [B, z, F, H / 8, W / 8]."""
+class StreamCodec(Protocol):
+    """What decodes a stream of latents [B, z, F, H / 8, W / 8]."""
+
+    def decode_stream(self, latents: Tensor, state: DecoderState, /) -> Tensor:
+        """The next latents of a stream -> their frames [B, 3, T, H, W] in [-1, 1]; advances `state`."""
+        ...
+
+
+class VideoCodec(StreamCodec, Protocol):
+    """And videos [B, 3, T, H, W] in [-1, 1] as a whole; latents are normalised."""
 
     config: VaeConfig
 
@@ -18,8 +26,4 @@ class VideoCodec(Protocol):
 
     def decode(self, latents: Tensor, /) -> Tensor:
         """Latents 1 + m -> frames 1 + 4 m, float32."""
-        ...
-
-    def decode_stream(self, latents: Tensor, state: DecoderState, /) -> Tensor:
-        """The next latents of a stream -> their frames; advances `state`."""
         ...

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.models.wan_vae import DecoderState
-from .codec import VideoCodec
+from .codec import StreamCodec, VideoCodec
 from .liveavatar_conditions import still_video
 from .liveavatar_mode import GenerationMode
 
@@ -15,7 +15,7 @@ from .liveavatar_mode import GenerationMode
 class StreamDecoder:
     """Decodes with caches that live as long as the video, warmed by the start of the motion latents."""
 
-    def __init__(self, vae: VideoCodec, motion: Tensor, mode: GenerationMode):
+    def __init__(self, vae: StreamCodec, motion: Tensor, mode: GenerationMode):
         self.vae = vae
         self.state = DecoderState()
         vae.decode_stream(motion[:, :, : mode.warm_latents], self.state)
