@@ -200,7 +200,7 @@ def test_fp8_values_keep_one_scale_a_slot_head_and_channel(kernel_device: torch.
     assert (stored[..., 256 + 130 :] == 0).all(), "padding is zero"
     torch.testing.assert_close(descale[:, 1], v.abs().amax(1).clamp(min=1e-12) / 448)
     back = (stored[..., 256 : 256 + 130] * descale[:, 1, ..., None]).permute(0, 3, 1, 2)
-    torch.testing.assert_close(back, v, rtol=2**-4, atol=0.01 * float(descale[:, 1].min()), check_dtype=False)
+    torch.testing.assert_close(back, v, rtol=1.01 * 2**-4, atol=0.01 * float(descale[:, 1].min()), check_dtype=False)
 
 
 def test_static_scales_never_overflow(kernel_device: torch.device) -> None:
@@ -322,9 +322,15 @@ def test_errors_say_what_to_do(kernel_device: torch.device) -> None:
     with pytest.raises(ValueError, match="rotary table"):
         attend(q, [q], [q], [torch.ones(5, 8, 2, device=kernel_device)])
     with pytest.raises(ValueError, match="exclude each other"):
-        attend(q, [q], [q], lengths=[count(2, kernel_device)], mask=torch.ones(4, 4, dtype=torch.bool))
+        attend(
+            q,
+            [q],
+            [q],
+            lengths=[count(2, kernel_device)],
+            mask=torch.ones(4, 4, dtype=torch.bool, device=kernel_device),
+        )
     with pytest.raises(ValueError, match="must be bool \\[4, 4\\]"):
-        attend(q, [q], [q], mask=torch.ones(4, 5, dtype=torch.bool))
+        attend(q, [q], [q], mask=torch.ones(4, 5, dtype=torch.bool, device=kernel_device))
     with pytest.raises(ValueError, match="'int8' are not known"):
         Fp8Segment.allocate(1, 1, 4, 2, 16, "int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be e4m3"):
