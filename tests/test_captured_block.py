@@ -85,12 +85,27 @@ def test_bfloat16_keeps_every_rounding_point() -> None:
     assert error(found, wanted) < 2e-3  # the caches join their segments in another order
 
 
-@pytest.mark.parametrize("values", ["fp8", "mixed"])
+@pytest.mark.parametrize("values", ["fp8", "mixed", "joined"])
 def test_fp8_caches_and_layers_stay_close(values: str) -> None:
     dit = model(torch.bfloat16)
     quantize_linears(dit, granularity="row")
     found, wanted = both(dit, blocks(5), ring=RingFormat(torch.bfloat16, values))  # type: ignore[arg-type]
     assert 0 < error(found, wanted) < 5e-2
+
+
+def test_a_joined_cache_hands_e4m3_to_the_next_product() -> None:
+    """Its attention rounds to e4m3 itself: nothing is quantised again, and nothing changes but that."""
+    dit = model(torch.bfloat16)
+    quantize_linears(dit, granularity="row")
+    inputs, ring = blocks(4), RingFormat(torch.bfloat16, "joined")
+    emitting = CapturedBlock(dit, torch.ones(5, 16), MODE, GRID, ring=ring)
+    plain = CapturedBlock(dit, torch.ones(5, 16), MODE, GRID, ring=ring, recipe=Recipe(emit=False))
+    with torch.inference_mode():
+        found, wanted = run(emitting, inputs, dit), run(plain, inputs, dit)
+    assert emitting.program is not None
+    made = next(report for report in emitting.program.reports if report.name == "emit")
+    assert sum("attention_joined" in line for line in made.lines) == CONFIG.num_layers
+    assert error(found, wanted) < 3e-2
 
 
 def test_the_compiler_quantises_like_the_model() -> None:

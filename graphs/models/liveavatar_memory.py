@@ -2,32 +2,49 @@
 
 Where a block stands is on the device (`Position`), so that one graph serves the growing and the rolling ring. The
 condition keys lie rotated beside the ring; only the reference's rows move with the stream and are rotated anew for each
-step. Two formats: bfloat16 (or float32), and e4m3 keys with e4m3 or bfloat16 values.
+step. Three formats: bfloat16 (or float32); e4m3 keys with e4m3 or bfloat16 values in slots; both e4m3 in one buffer.
 
 Legend: S ring rows, C condition tokens, P tokens of a frame (the reference), L tokens of a block, H heads, d head size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.attention_fp8 import Fp8Segment, Values, attention_fp8
-from ...kernels.kv_cache import JoinedCache, qkv_norm_rope, qkv_norm_rope_fp8, rotate_rows_into, static_scales
+from ...kernels.attention_joined import attention_joined, joined_scales
+from ...kernels.kv_cache import (
+    E4M3,
+    JoinedCache,
+    qkv_norm_rope,
+    qkv_norm_rope_fp8,
+    quantize_heads,
+    rotate_rows_into,
+    static_scales,
+)
+from ...kernels.qk_rows import Slots
 from .liveavatar_cache import KeyValue, Projected
 
 
 @dataclass(frozen=True)
 class Position:
-    """Int32 [1] on the device: ring row where the block is written, and rows that are valid once it is."""
+    """Int32 [1] on the device: ring row where the block is written; rows that are valid once it is, in the ring and
+    with the condition before it."""
 
     write: Tensor
     length: Tensor
+    keys: Tensor
 
     @classmethod
-    def of(cls, block: Tensor, tokens: int, capacity: int) -> "Position":
+    def zero(cls, device: torch.device) -> "Position":
+        return cls(*(torch.zeros(1, dtype=torch.int32, device=device) for _ in range(3)))
+
+    @classmethod
+    def of(cls, block: Tensor, tokens: int, capacity: int, condition_tokens: int) -> "Position":
         """For block number `block` (int64 [1]) of `tokens` tokens in a ring of `capacity` rows; no host read.
 
         Before block 0 nothing is valid; what is written there lies where a later block comes before it is attended.
@@ -35,7 +52,11 @@ class Position:
         slots = capacity // tokens
         write = (block % slots) * tokens
         length = (block + 1).clamp(0, slots) * tokens
-        return cls(write.int(), length.int())
+        return cls(write.int(), length.int(), (condition_tokens + length).int())
+
+    def move(self, other: "Position") -> None:
+        for own, new in ((self.write, other.write), (self.length, other.length), (self.keys, other.keys)):
+            own.copy_(new)
 
 
 @dataclass(frozen=True)
@@ -110,11 +131,77 @@ class Fp8Memory:
             self.ring.v_descale.fill_(1)
 
 
+HEADROOM = 8.0
+"""How much larger than any value of the condition a value of the stream may be before it saturates."""
+
+
+@dataclass(frozen=True)
+class JoinedFp8Memory:
+    """The same in one buffer with one scale a tensor, which cuDNN reads; the values' scale follows from the condition.
+
+    `scale_*` float32 [H], each of equal numbers; `scales` as `joined_scales` makes them, zeros until there is a
+    condition.
+    """
+
+    cache: JoinedCache
+    reference: Tensor
+    reference_rope: Tensor
+    position: Position
+    scale_q: Tensor
+    scale_k: Tensor
+    scale_v: Tensor
+    scales: Tensor
+
+    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        return self.attend_joined(_joined(projected), projected, rope)
+
+    def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
+        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
+        ring_k, ring_v = self.cache.ring
+        rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0], self.scale_k)
+        rows = ring_k.shape[1]
+        q8 = qkv_norm_rope_fp8(
+            qkv,
+            by.weight_q,
+            by.weight_k,
+            rope,
+            ring_k,
+            ring_v,
+            self.position.write,
+            self.scale_q,
+            self.scale_k,
+            Slots(1, rows, rows),
+            by.num_heads,
+            by.eps,
+            self.scale_v,
+        )
+        return attention_joined(q8, self.cache.k, self.cache.v, self.position.keys, self.scales)
+
+    def store_condition(self, k: Tensor, v: Tensor, rope: Tensor) -> None:
+        """Keys before rotation and values [1, C, H, d]; a stream's first condition sets the scale of its values."""
+        kept_k, kept_v = self.cache.condition
+        rotate_rows_into(k, rope, kept_k, self.scale_k)
+        fresh = 448.0 / (HEADROOM * v.float().abs().amax().clamp(min=1e-12))
+        self.scale_v.copy_(torch.where(self.scales[2] == 0, fresh, self.scale_v))
+        # a weighted mean of values is no larger than they are, and mostly much smaller
+        one = self.scale_v[:1]
+        self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4)))
+        kept_v.copy_(quantize_heads(v, self.scale_v))
+
+    def clear(self) -> None:
+        for ring in self.cache.ring:
+            ring.zero_()
+        self.scales.zero_()
+
+
+LayerMemory = PlainMemory | Fp8Memory | JoinedFp8Memory
+
+
 @dataclass(frozen=True)
 class BatchedMemory:
     """One layer's memories of several samples of a batch, each with its own ring, condition and place in its stream."""
 
-    samples: list[PlainMemory | Fp8Memory]
+    samples: list[LayerMemory]
 
     def attend(self, projected: Projected, rope: Tensor) -> Tensor:
         """Sample by sample: projected [B, L, D] each, rope [B, L, d/2, 2] -> [B, L, H, d]."""
@@ -130,11 +217,11 @@ def _joined(projected: Projected) -> Tensor:
 
 @dataclass(frozen=True)
 class RingFormat:
-    """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3
-    ("fp8") or bfloat16 ("mixed")."""
+    """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3 in
+    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined")."""
 
     dtype: torch.dtype = torch.bfloat16
-    values: Values | None = None
+    values: Values | Literal["joined"] | None = None
 
 
 @dataclass
@@ -144,7 +231,7 @@ class StreamMemory:
     The steps of a block run one after another, so the reference rows, rotated anew by each step, need one buffer.
     """
 
-    layers: list[list[PlainMemory | Fp8Memory]]  # [step][layer]
+    layers: list[list[LayerMemory]]  # [step][layer]
     reference_ropes: list[Tensor]  # [step], written before the step runs
 
     @classmethod
@@ -166,7 +253,8 @@ class StreamMemory:
         device, head_dim = norms[0][0].device, norms[0][0].numel() // num_heads
         ropes = [torch.zeros(reference_tokens, head_dim // 2, 2, device=device) for _ in positions]
         places = list(zip(ropes, positions, strict=True))
-        layers: list[list[PlainMemory | Fp8Memory]] = [[] for _ in positions]
+        layers: list[list[LayerMemory]] = [[] for _ in positions]
+        sizes = (1, condition_tokens, blocks * block_tokens, num_heads, head_dim)
 
         def kept() -> Tensor:
             return torch.zeros(1, reference_tokens, num_heads, head_dim, dtype=ring.dtype, device=device)
@@ -174,10 +262,17 @@ class StreamMemory:
         for weight_q, weight_k in norms:
             shared = None if own_conditions else kept()
             if ring.values is None:
-                sizes = (1, condition_tokens, blocks * block_tokens, num_heads, head_dim)
                 for step, place in enumerate(places):
                     cache = JoinedCache.allocate(*sizes, dtype=ring.dtype, device=device)
                     layers[step].append(PlainMemory(cache, kept() if shared is None else shared, *place))
+                continue
+            if ring.values == "joined":
+                one_q, one_k = (static_scales(w, 1).expand(num_heads).contiguous() for w in (weight_q, weight_k))
+                for step, place in enumerate(places):
+                    cache = JoinedCache.allocate(*sizes, dtype=E4M3, device=device)
+                    rest = (torch.zeros(n, device=device) for n in (num_heads, 7))  # scale_v, scales
+                    reference = kept() if shared is None else shared
+                    layers[step].append(JoinedFp8Memory(cache, reference, *place, one_q, one_k, *rest))
                 continue
             scale_q, scale_k = static_scales(weight_q, num_heads), static_scales(weight_k, num_heads)
             scales = (scale_q, scale_k, 1.0 / (scale_q * scale_k))
@@ -210,9 +305,11 @@ class StreamMemory:
                 memory.clear()
 
 
-def _store(memory: PlainMemory | Fp8Memory, layer: KeyValue, rope: Tensor) -> None:
+def _store(memory: LayerMemory, layer: KeyValue, rope: Tensor) -> None:
     memory.reference.copy_(layer.k[:, : memory.reference.shape[1]])
-    if isinstance(memory, PlainMemory):
+    if isinstance(memory, JoinedFp8Memory):
+        memory.store_condition(layer.k, layer.v, rope)
+    elif isinstance(memory, PlainMemory):
         k, v = memory.cache.condition
         rotate_rows_into(layer.k, rope, k)
         v.copy_(layer.v)

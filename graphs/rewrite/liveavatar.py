@@ -10,7 +10,7 @@ from ...kernels.attention_fp8 import Fp8Segment
 from ...kernels.kv_cache import JoinedCache
 from ..models.liveavatar import AudioState, LiveAvatar, TextState, TimeState
 from ..models.liveavatar_cache import Memory
-from ..models.liveavatar_memory import BatchedMemory, Fp8Memory, PlainMemory, Position
+from ..models.liveavatar_memory import BatchedMemory, Fp8Memory, JoinedFp8Memory, PlainMemory, Position
 from .program import Argument, Program, trace
 
 for _node in (
@@ -22,6 +22,7 @@ for _node in (
     Fp8Segment,
     PlainMemory,
     Fp8Memory,
+    JoinedFp8Memory,
     BatchedMemory,
 ):
     torch.export.register_dataclass(_node)

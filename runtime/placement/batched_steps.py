@@ -19,7 +19,7 @@ from ...graphs.rewrite.recipe import Recipe
 from ..samplers import euler_step
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
-from .static_stream import DEFAULT, BlockShape, StaticStream, new_position
+from .static_stream import DEFAULT, BlockShape, StaticStream
 
 
 class BatchedSteps(StaticStream):
@@ -126,7 +126,7 @@ class BatchedSteps(StaticStream):
                 self.conditions.popleft()
 
     def _places(self) -> list[Position]:
-        return [new_position(self.dit.device) for _ in range(self.batch)]
+        return [Position.zero(self.dit.device) for _ in range(self.batch)]
 
     def _by_layer(self) -> list[BatchedMemory]:
         return [BatchedMemory(list(samples)) for samples in zip(*self.memory.layers, strict=True)]

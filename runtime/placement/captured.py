@@ -12,7 +12,7 @@ from ...graphs.models.liveavatar_memory import Position
 from ...graphs.rewrite.program import Prepared, Program
 from ..samplers import euler_step
 from ..systems.liveavatar_step import BlockInputs
-from .static_stream import StaticStream, new_position
+from .static_stream import StaticStream
 
 
 class CapturedBlock(StaticStream):
@@ -48,7 +48,7 @@ class CapturedBlock(StaticStream):
         return self.static.out.clone()
 
     def _places(self) -> list[Position]:
-        return [new_position(self.dit.device)] * self.mode.steps  # they all write the same block
+        return [Position.zero(self.dit.device)] * self.mode.steps  # they all write the same block
 
     def _trace(self) -> Program:
         rope = self.dit.noisy_rope(0, self.frames, self.grid)

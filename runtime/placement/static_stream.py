@@ -22,6 +22,7 @@ from ...graphs.quantize import Fp8Linear
 from ...graphs.rewrite.liveavatar import trace_step
 from ...graphs.rewrite.program import Prepared, Program
 from ...graphs.rewrite.recipe import Recipe, apply
+from ...kernels import attention_joined
 from ...kernels.qk_rows import HEAD_DIMS
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
@@ -221,9 +222,8 @@ class StaticStream(ABC):
 
     def _place(self, position: Position, block: Tensor) -> None:
         """Move a position to block number `block` (int64 [1])."""
-        found = Position.of(block, self.block_tokens, self.ring_blocks * self.block_tokens)
-        position.write.copy_(found.write)
-        position.length.copy_(found.length)
+        capacity = self.ring_blocks * self.block_tokens
+        position.move(Position.of(block, self.block_tokens, capacity, self.dit.condition_tokens(self.grid)))
 
     def _move_reference(self, step: int, first: Tensor) -> None:
         """The reference's rotary table of a step whose block starts at frame `first` (`liveavatar_rope.ref_shift`)."""
@@ -235,11 +235,12 @@ class StaticStream(ABC):
 
 
 def _ring_of(dit: LiveAvatar) -> RingFormat:
-    """E4m3 where the layers are and the attention kernel has the head size; the model's dtype elsewhere."""
+    """E4m3 where the layers are and the attention kernel has the head size; the model's dtype elsewhere.
+
+    In one buffer where cuDNN's attention is, which is the fastest.
+    """
     fp8 = any(isinstance(module, Fp8Linear) for module in dit.modules())
-    return RingFormat(dit.dtype, "fp8" if fp8 and dit.config.head_dim in FP8_HEAD_DIMS else None)
-
-
-def new_position(device: torch.device) -> Position:
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    return Position(zero, zero.clone())
+    if not fp8 or dit.config.head_dim not in FP8_HEAD_DIMS:
+        return RingFormat(dit.dtype)
+    joined = dit.device.type == "cuda" and attention_joined.available(dit.device)
+    return RingFormat(dit.dtype, "joined" if joined else "fp8")
