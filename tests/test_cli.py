@@ -18,10 +18,10 @@ from kinora.runtime.cli import main
 from kinora.runtime.cli.options import parse_size
 from kinora.runtime.errors import CheckpointError, InputError
 from kinora.runtime.media import read_image, read_video
+from media_files import write_sound
 from PIL import Image
 from safetensors.numpy import save_file
 from test_avatar import write_model
-from test_media import write_sound
 
 RATE, FPS, BLOCK = 16_000, 25, 12
 
