@@ -75,5 +75,5 @@ def store_values_once(
         CHANNELS=channels,
         BLOCK=ROWS,
         TILES=slots.stride // ROWS,
-        num_warps=ROWS * channels // 256,  # eight neighbouring values, 16 bytes, a thread
+        num_warps=max(ROWS * channels // 256, 1),  # eight neighbouring values, 16 bytes, a thread
     )
