@@ -6,11 +6,14 @@ Times are never asserted, only that there is one, or none.
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from bench_doubles import FAST, pretend_limits
+from kinora.bench import step as step_module
 from kinora.bench.commands import main
 from kinora.bench.harness.report import Report
 from kinora.bench.harness.run import Unavailable
@@ -103,6 +106,26 @@ def test_step(model: str, precision: str, tmp_path: Path) -> None:
     assert eager.seconds and eager.flops and eager.bytes and eager.error is not None
     assert (eager.error > 0) == (precision == "fp8")
     assert fused.status == captured.status == "unavailable" and fused.note and captured.note
+
+
+def test_show_prints_what_a_run_that_was_cut_off_has_saved(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "step.json"
+
+    @contextmanager
+    def cut_off(*_: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(step_module, "_captured", cut_off)
+    words = ["step", "--model", model, "--variant", "eager,kinora", "-o", str(out), *FAST, "--no-plot"]
+    assert main(words) != 0
+    capsys.readouterr()
+    assert main(["show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "48 tokens" in shown and "eager" in shown and "kinora" not in shown
+    assert main(["show", str(tmp_path / "none.json")]) == 2
 
 
 def test_vae(model: str, tmp_path: Path) -> None:
