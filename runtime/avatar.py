@@ -10,7 +10,6 @@ import numpy as np
 
 from .errors import InputError
 from .inputs import AudioInput, ImageInput, as_picture, as_sound
-from .media.writer import VideoWriter
 from .placement.base import Engine, Placement
 from .placement.engines import SinglePlacement
 from .preprocess import image_pixels, select_size
@@ -36,6 +35,8 @@ class Video:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an MP4 (H.264, AAC). Errors: InputError for another ending, OutputError when it cannot be written."""
+        from .media.writer import VideoWriter  # PyAV is needed for files only
+
         height, width = self.frames.shape[1:3]
         with VideoWriter(path, width, height, self.fps, self.audio_rate) as writer:
             for start in range(0, len(self.frames), self.fps):  # second by second, so that the streams interleave
