@@ -73,7 +73,7 @@ def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[Tensor, int]:
         return opened_decoder(case, system.vae).push(latents), caches
 
 
-def opened_decoder(case: BlockCase, vae: WanVae) -> StreamDecoder:
+def opened_decoder(case: BlockCase, vae: StreamCodec) -> StreamDecoder:
     """In the middle of its stream: it has decoded the opening block, which is shorter."""
     decoder = StreamDecoder(vae, case.motion.float(), case.mode)
     decoder.push(case.noises[0].float())

@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kinora.bench.captured_block", description=__doc__.split("\n\n")[0])
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--ring", choices=("auto", "plain", "fp8", "mixed"), default="auto", help="how caches are kept")
+    parser.add_argument(
+        "--ring", choices=("auto", "plain", "fp8", "mixed", "joined"), default="auto", help="how caches are kept"
+    )
     parser.add_argument("--batched", action="store_true", help="the steps of consecutive blocks in one forward")
     parser.add_argument("--decode", action="store_true", help="with the captured VAE decoder")
     parser.add_argument("--decoded", type=int, default=3, help="latent frames that the decoder takes at once")

@@ -74,11 +74,10 @@ class PlainMemory:
     def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
         """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring_k, ring_v = self.cache.ring
-        k, v = self.cache.condition
-        rotate_rows_into(self.reference, self.reference_rope, k)
+        rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0])
         norms = by.weight_q, by.weight_k, rope
         q = qkv_norm_rope(qkv, *norms, ring_k, ring_v, self.position.write, by.num_heads, by.eps)
-        return ops.rope_attention(q, [k, ring_k], [v, ring_v], lengths=[None, self.position.length])
+        return ops.rope_attention(q, [self.cache.k], [self.cache.v], lengths=[self.position.keys])
 
     def clear(self) -> None:
         """Forget: what an earlier stream left could hold NaN, which a masked row would still hand on."""
