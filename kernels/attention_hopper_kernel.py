@@ -1,0 +1,343 @@
+"""Flash attention for Hopper in Gluon: one kernel for e4m3 and for 2-byte types, d = 64 or 128.
+
+A persistent program runs on every multiprocessor and takes tiles of 128 queries of one head. Its warps have three
+roles (Shah et al., "FlashAttention-3", 2024): one warp loads keys and values by TMA into rings of shared memory; two
+warpgroups hold 64 queries each. A warpgroup starts the scores of the next key tile and the products of the last one
+together, and computes its softmax while the tensor cores run. Barriers are the only thing that the roles share.
+
+Keys lie in one or two segments of slots (`Fp8Segment`; a bfloat16 segment is one slot). Of every slot the tile that is
+not full comes first, so that one branch masks it and changes the unit of the accumulator. An e4m3 tile starts at a
+multiple of N rows, since slots are padded; a 2-byte tile may start before its segment, where TMA gives zeros: whatever
+lies beyond the valid rows is never read.
+
+e4m3: the columns of the scores follow the accumulator's order, not the operand's (see `to_operand`), so the descriptor
+of the keys swaps the rows of every sixteen. Products of a key tile are added in float32, since Hopper's FP8 tensor
+cores accumulate with fewer bits.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+ROWS = gl.constexpr(64)
+"""Queries of one warpgroup."""
+KEYS = gl.constexpr(128)
+"""Keys of a tile."""
+LOG2_448 = gl.constexpr(8.807354922057604)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def segment_slots(length_ptr, count, rows):
+    """Valid rows of a segment, and the slots that they fill."""
+    length = count * rows
+    if length_ptr is not None:
+        length = gl.minimum(gl.load(length_ptr).to(gl.int32), length)
+    return length, gl.cdiv(length, rows)
+
+
+@gluon.jit
+def slot_tiles(slot, slots_0, length_0, rows_0, length_1, rows_1):
+    """Valid rows and key tiles of a slot, counted through both segments; a call without keys sees one masked tile."""
+    if slot < slots_0:
+        valid = gl.minimum(length_0 - slot * rows_0, rows_0)
+    else:
+        valid = gl.minimum(length_1 - (slot - slots_0) * rows_1, rows_1)
+    valid = gl.maximum(valid, 0)
+    return valid, gl.maximum(gl.cdiv(valid, KEYS), 1)
+
+
+@gluon.jit
+def count_tiles(length, rows):
+    """Key tiles of a segment."""
+    rows = gl.maximum(rows, 1)
+    return length // rows * gl.cdiv(rows, KEYS) + gl.cdiv(length % rows, KEYS)
+
+
+@gluon.jit
+def to_operand(weights, layout: gl.constexpr):
+    """Weights [M, N] as the first operand of the product with the values, without moving anything between threads.
+
+    A 2-byte operand has the accumulator's order. For e4m3, of sixteen columns thread t of four holds 8j + 2t + b (j, b
+    in 0, 1) and is to hold 4t + 2j + b: the keys were loaded in that order.
+    """
+    if weights.dtype == gl.float8e4nv:
+        M: gl.constexpr = weights.shape[0]
+        N: gl.constexpr = weights.shape[1]
+        columns = gl.reshape(weights, (M, N // 16, 2, 4, 2))
+        weights = gl.reshape(gl.permute(columns, (0, 1, 3, 2, 4)), (M, N))
+    return gl.convert_layout(weights, layout, assert_trivial=True)
+
+
+@gluon.jit
+def load_tile(desc, row, batch, head, heads, seg_rows, bar, buffer, VALUES: gl.constexpr):
+    """One tile of keys or values; `row` counts in the rows of the sample."""
+    D: gl.constexpr = desc.block_shape[0] if desc.dtype == gl.float8e4nv and VALUES else desc.block_shape[-1]
+    mbarrier.expect(bar, KEYS * D * (desc.dtype.primitive_bitwidth // 8))
+    buffer = buffer._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    if desc.dtype != gl.float8e4nv:
+        tma.async_copy_global_to_shared(desc, [batch, row, head * D], bar, buffer)
+    elif VALUES:
+        tma.async_copy_global_to_shared(desc, [(batch * heads + head) * D, row], bar, buffer)
+    else:
+        tma.async_copy_global_to_shared(desc, [(batch * seg_rows + row) // 16, 0, 0, 0, head * D], bar, buffer)
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc_0, v_desc_0, k_desc_1, v_desc_1, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    slots_0, slots_1, length_0, length_1, layout_0, layout_1, q_tiles, tiles, heads,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: queries of a tile, then its keys and values in the order in which they are used."""
+    D: gl.constexpr = q_desc.block_shape[2]
+    q_ready, q_free = q_bars
+    k_ready, k_free = k_bars
+    v_ready, v_free = v_bars
+    FP8: gl.constexpr = q_desc.dtype == gl.float8e4nv
+    done = 0  # key tiles
+    turn = 0  # query tiles
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        batch, head = (tile // q_tiles) // heads, (tile // q_tiles) % heads
+        first = tile % q_tiles * (2 * ROWS)
+        for half in gl.static_range(2):
+            mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
+            mbarrier.expect(q_ready.index(half), ROWS * D * (q_desc.dtype.primitive_bitwidth // 8))
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, first + half * ROWS, head * D], q_ready.index(half),
+                q_smem.index(half)._reinterpret(q_desc.dtype, q_desc.block_shape, q_desc.layout),
+            )  # fmt: skip
+        for slot in range(gl.maximum(slots_0 + slots_1, 1)):
+            valid, count = slot_tiles(slot, slots_0, length_0, layout_0[1], length_1, layout_1[1])
+            for i in range(count):
+                stage = done % STAGES
+                phase = (done // STAGES & 1) ^ 1
+                row = valid - (count - i) * KEYS
+                mbarrier.wait(k_free.index(stage), phase)
+                if k_desc_1 is None or slot < slots_0:
+                    if FP8:
+                        row = slot * layout_0[2] + (count - 1 - i) * KEYS
+                    load_tile(k_desc_0, row, batch, head, heads, layout_0[0] * layout_0[2], k_ready.index(stage),
+                              k_smem.index(stage), False)  # fmt: skip
+                    mbarrier.wait(v_free.index(stage), phase)
+                    load_tile(v_desc_0, row, batch, head, heads, 0, v_ready.index(stage), v_smem.index(stage), True)
+                else:
+                    if FP8:
+                        row = (slot - slots_0) * layout_1[2] + (count - 1 - i) * KEYS
+                    load_tile(k_desc_1, row, batch, head, heads, layout_1[0] * layout_1[2], k_ready.index(stage),
+                              k_smem.index(stage), False)  # fmt: skip
+                    mbarrier.wait(v_free.index(stage), phase)
+                    load_tile(v_desc_1, row, batch, head, heads, 0, v_ready.index(stage), v_smem.index(stage), True)
+                done += 1
+        turn += 1
+
+
+@gluon.jit
+def read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, dims):
+    """Descale [d] of the values of a slot, counted through both segments."""
+    D: gl.constexpr = dims.shape[0]
+    if descale_ptr_1 is None or slot < slots_0:
+        unit = gl.load(descale_ptr_0 + ((batch * layout_0[0] + slot) * heads + head) * D + dims)
+    else:
+        unit = gl.load(descale_ptr_1 + ((batch * layout_1[0] + slot - slots_0) * heads + head) * D + dims)
+    return unit
+
+
+@gluon.jit
+def key_columns(FP8: gl.constexpr, layout: gl.constexpr):
+    """The key of a tile that each column of the scores holds."""
+    c = gl.arange(0, KEYS, layout)
+    if FP8:
+        c = c // 16 * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2
+    return c
+
+
+@gluon.jit
+def mask_tile(scores, valid, count, FP8: gl.constexpr):
+    """The first tile of a slot, of which only some keys are valid: -inf for the others."""
+    columns = key_columns(FP8, gl.SliceLayout(0, scores.type.layout))
+    if FP8:
+        seen = columns < valid - (count - 1) * KEYS
+    else:
+        seen = columns >= count * KEYS - valid
+    return gl.where(seen[None, :], scores, float("-inf"))
+
+
+@gluon.jit
+def softmax_tile(scores, scale, top, total, bias: gl.constexpr):
+    """Scores [M, N] -> weights exp2(scale * s - max + bias), the running maximum and sum, and the decay before."""
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale)
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = gl.exp2(scores * scale - (base - bias)[:, None])
+    decay = gl.exp2(top - base)
+    return weights, new_top, total * decay + gl.sum(weights, 1), decay
+
+
+@gluon.jit
+def consume(
+    q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1, out_ptr,
+    lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles, heads, scale,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """One of two warpgroups: 64 queries of every tile."""
+    q_ready, q_free = q_bars
+    k_ready, k_free = k_bars
+    v_ready, v_free = v_bars
+    dtype: gl.constexpr = k_smem.dtype
+    FP8: gl.constexpr = dtype == gl.float8e4nv
+    K_WIDTH: gl.constexpr = 256 // dtype.primitive_bitwidth
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, K_WIDTH])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, K_WIDTH])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 32 // dtype.primitive_bitwidth)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    bias: gl.constexpr = LOG2_448 if FP8 else 0.0
+    dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+    key_tiles = gl.maximum(count_tiles(length_0, layout_0[1]) + count_tiles(length_1, layout_1[1]), 1)
+    no_scores = gl.zeros((ROWS, KEYS), gl.float32, S_LAYOUT)
+    nothing = gl.zeros((ROWS, D), gl.float32, O_LAYOUT)
+
+    done = 0  # key tiles
+    turn = 0  # query tiles
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        batch, head = (tile // q_tiles) // heads, (tile // q_tiles) % heads
+        tile_scale = scale
+        if qk_descale_ptr is not None:
+            tile_scale = scale * gl.load(qk_descale_ptr + head)
+        q = q_smem.index(INDEX)
+        top = gl.full((ROWS,), float("-inf"), gl.float32, ROW_LAYOUT)
+        total = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
+        decay = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
+        acc = nothing
+        slot = 0
+        valid, left = slot_tiles(0, slots_0, length_0, layout_0[1], length_1, layout_1[1])
+        count = left
+        mbarrier.wait(q_ready.index(INDEX), turn & 1)
+        mbarrier.wait(k_ready.index(done % STAGES), done // STAGES & 1)
+        first = warpgroup_mma(q, k_smem.index(done % STAGES).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        scoring = warpgroup_mma_init(warpgroup_mma_wait(0, [first]))
+        weighing = warpgroup_mma_init(nothing)
+        for i in range(key_tiles):
+            stage = done % STAGES
+            last = (done + STAGES - 1) % STAGES
+            after = (done + 1) % STAGES
+            scores = warpgroup_mma_wait(1, [scoring])
+            mbarrier.arrive(k_free.index(stage))
+            fresh = left == count
+            if fresh:
+                scores = mask_tile(scores, valid, count, FP8)
+            weights, top, total, next_decay = softmax_tile(scores, tile_scale, top, total, bias)
+            # the sum, which needs every weight, keeps the wait behind the softmax
+            product, total = warpgroup_mma_wait(0, [weighing, total])
+            mbarrier.arrive(v_free.index(last), pred=i > 0)
+            if FP8:
+                acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + product
+                if fresh and slot > 0:
+                    old = read_unit(descale_ptr_0, descale_ptr_1, slot - 1, slots_0, layout_0, layout_1, batch, head,
+                                    heads, dims)  # fmt: skip
+                    new = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head,
+                                    heads, dims)  # fmt: skip
+                    acc *= (old / new)[None, :]
+                into = nothing
+            else:
+                into = product * gl.convert_layout(next_decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            decay = next_decay
+            p = to_operand(weights.to(dtype), P_LAYOUT)
+            left -= 1
+            if left == 0 and i + 1 < key_tiles:
+                slot += 1
+                valid, left = slot_tiles(slot, slots_0, length_0, layout_0[1], length_1, layout_1[1])
+                count = left
+            if PINGPONG:
+                mbarrier.wait(turns.index(INDEX), (done & 1) ^ (1 - INDEX))
+            # after the last key tile these scores are of no use, and no one waits for their keys
+            mbarrier.wait(k_ready.index(after), (done + 1) // STAGES & 1, pred=i + 1 < key_tiles)
+            scoring = warpgroup_mma(q, k_smem.index(after).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), done // STAGES & 1)
+            v = v_smem.index(stage).permute((1, 0)) if FP8 else v_smem.index(stage)
+            weighing = warpgroup_mma(p, v, into, use_acc=not FP8, is_async=True)
+            if PINGPONG:
+                mbarrier.arrive(turns.index(1 - INDEX))
+            done += 1
+
+        product = warpgroup_mma_wait(0, [weighing])
+        mbarrier.arrive(q_free.index(INDEX))
+        mbarrier.arrive(v_free.index((done + STAGES - 1) % STAGES))
+        if FP8:
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + product
+            unit = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, dims)
+            acc *= unit[None, :]
+        else:
+            acc = product
+        sums = gl.where(total == 0.0, 1.0, total)  # a query without keys gives zero
+        acc = acc / gl.convert_layout(sums, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        tokens = tile % q_tiles * (2 * ROWS) + INDEX * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O_LAYOUT))
+        rows = ((batch * queries + tokens).to(gl.int64) * heads + head) * D
+        gl.store(
+            out_ptr + rows[:, None] + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=(tokens < queries)[:, None]
+        )
+        if lse_ptr is not None:
+            tokens = tile % q_tiles * (2 * ROWS) + INDEX * ROWS + gl.arange(0, ROWS, ROW_LAYOUT)
+            lse = (top + gl.log2(total)) * LN2
+            gl.store(lse_ptr + (batch * heads + head) * queries + tokens, lse, mask=tokens < queries)
+        turn += 1
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, READERS: gl.constexpr):
+    """Barriers of COUNT buffers: "filled", which the loading warp arms, and "free", at which READERS arrive."""
+    filled = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(filled.index(i), count=1)
+        mbarrier.init(free.index(i), count=READERS)
+    return filled, free
+
+
+@gluon.jit
+def hopper_kernel(
+    q_desc, k_desc_0, v_desc_0, k_desc_1, v_desc_1, length_ptr_0, length_ptr_1, descale_ptr_0, descale_ptr_1,
+    qk_descale_ptr, out_ptr, lse_ptr, layout_0, layout_1, queries, heads, tiles, scale,
+    STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """`layout_i`: slots, rows and padded rows of each; `tiles`: of 128 queries, of all heads and samples."""
+    D: gl.constexpr = q_desc.block_shape[2]
+    dtype: gl.constexpr = q_desc.dtype
+    length_0, slots_0 = segment_slots(length_ptr_0, layout_0[0], layout_0[1])
+    length_1 = 0
+    slots_1 = 0
+    if k_desc_1 is not None:
+        length_1, slots_1 = segment_slots(length_ptr_1, layout_1[0], layout_1[1])
+    q_tiles = gl.cdiv(queries, 2 * ROWS)
+
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], tile_layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], tile_layout)
+    q_bars, k_bars, v_bars = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
+    turns = barriers(2, 1)[0]
+    gl.warp_specialize(
+        [
+            (consume, (
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1,
+                out_ptr, lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles,
+                heads, scale, 0, STAGES, D, PINGPONG,
+            )),
+            (consume, (
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1,
+                out_ptr, lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles,
+                heads, scale, 1, STAGES, D, PINGPONG,
+            )),
+            (produce, (
+                q_desc, k_desc_0, v_desc_0, k_desc_1, v_desc_1, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                slots_0, slots_1, length_0, length_1, layout_0, layout_1, q_tiles, tiles, heads, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
