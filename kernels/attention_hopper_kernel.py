@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -61,18 +60,52 @@ def count_tiles(length, rows):
 
 
 @gluon.jit
-def to_operand(weights, layout: gl.constexpr):
-    """Weights [M, N] as the first operand of the product with the values, without moving anything between threads.
+def pack(weights, dtype: gl.constexpr):
+    """Weights [M, N] in float32, rounded to `dtype` -> words int32 [M, N / 4 or N / 2] in the operand's order.
 
-    A 2-byte operand has the accumulator's order. For e4m3, of sixteen columns thread t of four holds 8j + 2t + b (j, b
-    in 0, 1) and is to hold 4t + 2j + b: the keys were loaded in that order.
+    A loop carries words in registers as they are; single bytes it would take apart and put together in every turn.
     """
-    if weights.dtype == gl.float8e4nv:
-        M: gl.constexpr = weights.shape[0]
-        N: gl.constexpr = weights.shape[1]
-        columns = gl.reshape(weights, (M, N // 16, 2, 4, 2))
-        weights = gl.reshape(gl.permute(columns, (0, 1, 3, 2, 4)), (M, N))
-    return gl.convert_layout(weights, layout, assert_trivial=True)
+    M: gl.constexpr = weights.shape[0]
+    N: gl.constexpr = weights.shape[1]
+    if dtype == gl.float8e4nv:
+        # of sixteen columns thread t of four holds 8j + 2t + b (j, b in 0, 1), and is to hold 4t + 2j + b
+        columns = gl.permute(gl.reshape(weights, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+        even, odd = gl.split(gl.reshape(columns, (M, N // 4, 2, 2)))
+        w0, w2 = gl.split(even)
+        w1, w3 = gl.split(odd)
+        words = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [w0, w1, w2, w3],
+            dtype=gl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        even, odd = gl.split(gl.reshape(weights, (M, N // 2, 2)))
+        name: gl.constexpr = "bf16" if dtype == gl.bfloat16 else "f16"
+        words = gl.inline_asm_elementwise(
+            "cvt.rn." + name + "x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return words
+
+
+@gluon.jit
+def unpack(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """Words of `pack` -> [M, N] as the first operand of a product; nothing moves between threads."""
+    M: gl.constexpr = words.shape[0]
+    if dtype == gl.float8e4nv:
+        b0, b1 = words.to(gl.int8), (words >> 8).to(gl.int8)
+        b2, b3 = (words >> 16).to(gl.int8), (words >> 24).to(gl.int8)
+        values = gl.reshape(gl.join(gl.join(b0, b2), gl.join(b1, b3)), (M, words.shape[1] * 4))
+    else:
+        values = gl.reshape(gl.join(words.to(gl.int16), (words >> 16).to(gl.int16)), (M, words.shape[1] * 2))
+    return gl.convert_layout(values.to(dtype, bitcast=True), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -180,10 +213,35 @@ def softmax_tile(scores, scale, top, total, bias: gl.constexpr):
 
 
 @gluon.jit
+def hold(total):
+    """The sums of the weights, unchanged; what follows in the program runs only after they are known.
+
+    The assembler would move the wait for the products before the softmax, which is to run beside them, but not over a
+    it over a branch. Sums are never negative.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.lt.f32 p, $2, 0f00000000;
+        setp.lt.or.f32 p, $3, 0f00000000, p;
+        @p membar.cta;
+        mov.b32 $0, $2;
+        mov.b32 $1, $3;
+        }""",
+        "=f,=f,f,f",
+        [total],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
 def consume(
     q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1, out_ptr,
     lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles, heads, scale,
     INDEX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PINGPONG: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One of two warpgroups: 64 queries of every tile."""
     q_ready, q_free = q_bars
@@ -214,27 +272,38 @@ def consume(
         total = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
         decay = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
         acc = nothing
+        words = pack(no_scores, dtype)
         slot = 0
         valid, left = slot_tiles(0, slots_0, length_0, layout_0[1], length_1, layout_1[1])
         count = left
         mbarrier.wait(q_ready.index(INDEX), turn & 1)
-        mbarrier.wait(k_ready.index(done % STAGES), done // STAGES & 1)
-        first = warpgroup_mma(q, k_smem.index(done % STAGES).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        scoring = warpgroup_mma_init(warpgroup_mma_wait(0, [first]))
-        weighing = warpgroup_mma_init(nothing)
         for i in range(key_tiles):
-            stage = done % STAGES
-            last = (done + STAGES - 1) % STAGES
-            after = (done + 1) % STAGES
-            scores = warpgroup_mma_wait(1, [scoring])
-            mbarrier.arrive(k_free.index(stage))
+            # before the first weights are known, zeros take their place
+            last = gl.where(i > 0, done - 1, done)
+            k = k_smem.index(done % STAGES).permute((1, 0))
+            v = v_smem.index(last % STAGES)
+            mbarrier.wait(k_ready.index(done % STAGES), done // STAGES & 1)
+            mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+            if PINGPONG:
+                mbarrier.wait(turns.index(INDEX), (done & 1) ^ (1 - INDEX))
+            scores = warpgroup_mma(q, k, no_scores, use_acc=False, is_async=True)
+            p = unpack(words, dtype, P_LAYOUT)
+            if FP8:
+                product = warpgroup_mma(p, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            else:
+                product = warpgroup_mma(p, v, acc, is_async=True)
+            if PINGPONG:
+                mbarrier.arrive(turns.index(1 - INDEX))
+            scores = warpgroup_mma_wait(1, [scores])
+            mbarrier.arrive(k_free.index(done % STAGES))
             fresh = left == count
             if fresh:
                 scores = mask_tile(scores, valid, count, FP8)
             weights, top, total, next_decay = softmax_tile(scores, tile_scale, top, total, bias)
-            # the sum, which needs every weight, keeps the wait behind the softmax
-            product, total = warpgroup_mma_wait(0, [weighing, total])
-            mbarrier.arrive(v_free.index(last), pred=i > 0)
+            if OVERLAP:
+                total = hold(total)
+            product, total = warpgroup_mma_wait(0, [product, total])
+            mbarrier.arrive(v_free.index(last % STAGES), pred=i > 0)
             if FP8:
                 acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + product
                 if fresh and slot > 0:
@@ -243,31 +312,28 @@ def consume(
                     new = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head,
                                     heads, dims)  # fmt: skip
                     acc *= (old / new)[None, :]
-                into = nothing
             else:
-                into = product * gl.convert_layout(next_decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                acc = product * gl.convert_layout(next_decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
             decay = next_decay
-            p = to_operand(weights.to(dtype), P_LAYOUT)
+            words = pack(weights, dtype)
             left -= 1
             if left == 0 and i + 1 < key_tiles:
                 slot += 1
                 valid, left = slot_tiles(slot, slots_0, length_0, layout_0[1], length_1, layout_1[1])
                 count = left
-            if PINGPONG:
-                mbarrier.wait(turns.index(INDEX), (done & 1) ^ (1 - INDEX))
-            # after the last key tile these scores are of no use, and no one waits for their keys
-            mbarrier.wait(k_ready.index(after), (done + 1) // STAGES & 1, pred=i + 1 < key_tiles)
-            scoring = warpgroup_mma(q, k_smem.index(after).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), done // STAGES & 1)
-            v = v_smem.index(stage).permute((1, 0)) if FP8 else v_smem.index(stage)
-            weighing = warpgroup_mma(p, v, into, use_acc=not FP8, is_async=True)
-            if PINGPONG:
-                mbarrier.arrive(turns.index(1 - INDEX))
             done += 1
-
-        product = warpgroup_mma_wait(0, [weighing])
         mbarrier.arrive(q_free.index(INDEX))
-        mbarrier.arrive(v_free.index((done + STAGES - 1) % STAGES))
+
+        last = done - 1
+        v = v_smem.index(last % STAGES)
+        mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+        p = unpack(words, dtype, P_LAYOUT)
+        if FP8:
+            product = warpgroup_mma(p, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        else:
+            product = warpgroup_mma(p, v, acc, is_async=True)
+        product = warpgroup_mma_wait(0, [product])
+        mbarrier.arrive(v_free.index(last % STAGES))
         if FP8:
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + product
             unit = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, dims)
@@ -303,7 +369,7 @@ def barriers(COUNT: gl.constexpr, READERS: gl.constexpr):
 def hopper_kernel(
     q_desc, k_desc_0, v_desc_0, k_desc_1, v_desc_1, length_ptr_0, length_ptr_1, descale_ptr_0, descale_ptr_1,
     qk_descale_ptr, out_ptr, lse_ptr, layout_0, layout_1, queries, heads, tiles, scale,
-    STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    STAGES: gl.constexpr, PINGPONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """`layout_i`: slots, rows and padded rows of each; `tiles`: of 128 queries, of all heads and samples."""
     D: gl.constexpr = q_desc.block_shape[2]
@@ -326,12 +392,12 @@ def hopper_kernel(
             (consume, (
                 q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1,
                 out_ptr, lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles,
-                heads, scale, 0, STAGES, D, PINGPONG,
+                heads, scale, 0, STAGES, D, PINGPONG, OVERLAP,
             )),
             (consume, (
                 q_smem, k_smem, v_smem, q_bars, k_bars, v_bars, turns, qk_descale_ptr, descale_ptr_0, descale_ptr_1,
                 out_ptr, lse_ptr, slots_0, slots_1, length_0, length_1, layout_0, layout_1, queries, q_tiles, tiles,
-                heads, scale, 1, STAGES, D, PINGPONG,
+                heads, scale, 1, STAGES, D, PINGPONG, OVERLAP,
             )),
             (produce, (
                 q_desc, k_desc_0, v_desc_0, k_desc_1, v_desc_1, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
