@@ -15,9 +15,11 @@ from torch import Tensor
 from .attention_forward import LOG2E
 from .linear import HALF
 
-HEAD_DIMS = (64, 128)
-QUERIES, KEYS = 128, 128
-"""Of a tile; the kernel's ROWS are half of the queries, one warpgroup's."""
+HEAD_DIM = 128
+GROUP, KEYS = 64, 128
+"""Queries of a warpgroup and keys of a tile, as in the kernel."""
+MERGED = 16
+"""Rows that one program of the merge takes."""
 E4M3 = torch.float8_e4m3fn
 
 
@@ -37,7 +39,7 @@ def serves_fp8(q8: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], slo
     """Arguments as in the op `kinora::attention_fp8`; values in e4m3."""
     return (
         available(q8.device)
-        and q8.shape[3] in HEAD_DIMS
+        and q8.shape[3] == HEAD_DIM
         and len(keys) <= 2
         and all(v.dtype == E4M3 for v in values)
         and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (*keys, *values))
@@ -49,7 +51,7 @@ def serves_half(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> 
     """Segments without tables and without a mask, in the dtype of the queries."""
     return (
         available(q.device)
-        and q.shape[3] in HEAD_DIMS
+        and q.shape[3] == HEAD_DIM
         and len(keys) <= 2
         and q.dtype in HALF
         and all(t.dtype == q.dtype and t.shape[1] > 0 and _maps(t) for t in (q, *keys, *values))
@@ -131,14 +133,20 @@ def _launch(
     lse: Tensor | None,
     layouts: Sequence[tuple[int, ...]],
 ) -> None:
-    from .attention_hopper_kernel import hopper_kernel
+    from .attention_hopper_kernel import hopper_kernel, merge_kernel
 
     batch, queries, heads, d = q.shape
-    tiles = batch * heads * -(-queries // QUERIES)
+    groups = 3 if q.dtype == E4M3 else 2
+    rows = groups * GROUP
+    q_tiles = -(-queries // rows)
+    tiles = batch * heads * q_tiles
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    rest = tiles % programs
+    part = torch.empty((2 * programs, rows, d), dtype=torch.float32, device=q.device) if rest else None
+    peak = torch.empty((2 * programs, rows, 2), dtype=torch.float32, device=q.device) if rest else None
     absent = [None] * (2 - len(layouts))
-    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     hopper_kernel[(programs,)](
-        _rows_map(q, QUERIES // 2),
+        _rows_map(q, GROUP),
         *maps,
         *absent * 2,
         *lengths,
@@ -148,17 +156,20 @@ def _launch(
         qk_descale,
         out,
         lse,
+        part,
+        peak,
         *layouts,
         *[(0, 1, 0) for _ in absent],
         queries,
         heads,
         tiles,
         d**-0.5 * LOG2E.value,
-        STAGES=OPTIONS.get("STAGES") or (4 if q.dtype == E4M3 else 2),
-        PINGPONG=OPTIONS["PINGPONG"],
-        HOLD=OPTIONS["HOLD"],
+        GROUPS=groups,
+        STAGES=4 if q.dtype == E4M3 else 2,
         num_warps=4,
     )
-
-
-OPTIONS = {"PINGPONG": False, "HOLD": 1}
+    if rest:
+        merge_kernel[(rows // MERGED, rest)](
+            part, peak, out, lse, programs, rest, tiles - rest, q_tiles, queries, heads,
+            D=d, TILE=rows, ROWS_EACH=MERGED, num_warps=4,
+        )  # fmt: skip
