@@ -1,8 +1,8 @@
-"""When the Hopper kernel of `attention_hopper_kernel` serves a call of attention, and its launch.
+"""When the Hopper kernel (`attention_hopper_kernel`) serves a call of attention, and its launch.
 
-It reads keys and values by TMA (tensor maps over the buffers as they lie), so that a call qualifies by its strides: the
-channels of all heads side by side, rows and first bytes at multiples of 16 bytes. Whatever does not qualify goes to the
-portable Triton kernels. Gluon is part of Triton (`triton.experimental.gluon`), and is imported at the first call.
+It reads queries, keys and values by TMA, through tensor maps over the buffers as they lie, so that a call qualifies by
+its strides: the channels of all heads side by side, rows and first bytes at multiples of 16 bytes. What does not
+qualify goes to the portable Triton kernels. Gluon is part of Triton and is imported at the first call.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .attention_forward import LOG2E
+from .attention_merge import merge
 from .linear import HALF
 
 HEAD_DIM = 128
-GROUP, KEYS = 64, 128
+ROWS, KEYS = 64, 128
 """Queries of a warpgroup and keys of a tile, as in the kernel."""
-MERGED = 16
-"""Rows that one program of the merge takes."""
+LEAST_KEYS = 1024
+"""With fewer keys the portable kernels, which start more programs, are no slower."""
 E4M3 = torch.float8_e4m3fn
 
 
@@ -30,38 +31,54 @@ def available(device: torch.device) -> bool:
         return False
     try:
         from . import attention_hopper_kernel  # noqa: F401
-    except (ImportError, AttributeError):  # a Triton without Gluon, or with another interface
+    except (ImportError, AttributeError):  # a Triton without Gluon, or whose Gluon has other names
         return False
     return True
 
 
-def serves_fp8(q8: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Sequence[int]) -> bool:
-    """Arguments as in the op `kinora::attention_fp8`; values in e4m3."""
+def serves_fp8(
+    q8: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    descales: Sequence[Tensor | None],
+    slots: Sequence[int],
+) -> bool:
+    """Arguments as in the op `kinora::attention_fp8`."""
     return (
         available(q8.device)
         and q8.shape[3] == HEAD_DIM
         and len(keys) <= 2
-        and all(v.dtype == E4M3 for v in values)
+        and sum(k.shape[1] for k in keys) >= LEAST_KEYS
+        and all(d is not None and d.is_contiguous() for d in descales)
         and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (*keys, *values))
         and all(stride % KEYS == 0 for stride in slots[2::3])
     )
 
 
-def serves_half(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    """Segments without tables and without a mask, in the dtype of the queries."""
+def serves_half(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ropes: Sequence[Tensor | None],
+    mask: Tensor | None,
+) -> bool:
+    """Arguments as in the op `kinora::rope_attention`."""
     return (
         available(q.device)
         and q.shape[3] == HEAD_DIM
         and len(keys) <= 2
+        and sum(k.shape[1] for k in keys) >= LEAST_KEYS
+        and mask is None
+        and all(rope is None for rope in ropes)
         and q.dtype in HALF
-        and all(t.dtype == q.dtype and t.shape[1] > 0 and _maps(t) for t in (q, *keys, *values))
+        and all(t.dtype == q.dtype and t.numel() > 0 and has_map(t) for t in (q, *keys, *values))
     )
 
 
-def _maps(x: Tensor) -> bool:
+def has_map(x: Tensor) -> bool:
     """Whether a tensor map [B, L, H * d] describes x [B, L, H, d]."""
     side_by_side = x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
-    return side_by_side and all(n * x.element_size() % 16 == 0 for n in (*x.stride()[:2], x.data_ptr()))
+    return side_by_side and all(n * x.element_size() % 16 == 0 for n in x.stride()[:2]) and x.data_ptr() % 16 == 0
 
 
 def _rows_map(x: Tensor, rows: int) -> Any:
@@ -71,14 +88,14 @@ def _rows_map(x: Tensor, rows: int) -> Any:
 
 
 def _keys_map(k8: Tensor) -> Any:
-    """Tiles [8, 2, 4, 2, d] of k8 [B, S, H, d]: rows 8j + 2t + b of sixteen come from 4t + 2j + b (see the kernel)."""
+    """Tiles [8, 2, 4, 2, d] of k8 [B, S, H, d]: row 8j + 2t + b of sixteen is 4t + 2j + b (see `to_operand`)."""
     batch, length, heads, d = k8.shape
     row = heads * d
     return _tensor_map(k8, [batch * length // 16, 2, 4, 2, row], [16 * row, 2 * row, 4 * row, row, 1], [8, 2, 4, 2, d])
 
 
 def _values_map(v8: Tensor) -> Any:
-    """Tiles [d, N] of v8 [B, H, d, S]."""
+    """Tiles [d, KEYS] of v8 [B, H, d, S]."""
     batch, heads, d, length = v8.shape
     return _tensor_map(v8, [batch * heads * d, length], [length, 1], [d, KEYS])
 
@@ -100,11 +117,11 @@ def forward_fp8(
     qk_descale: Tensor,
     slots: Sequence[int],
 ) -> Tensor:
-    """Arguments and result of the op `kinora::attention_fp8`, for a call that `serves_fp8` accepts."""
+    """Arguments and result of the op `kinora::attention_fp8`, where `serves_fp8` accepts."""
     out = torch.empty(q8.shape, dtype=torch.bfloat16, device=q8.device)
     maps = [m for k, v in zip(keys, values, strict=True) for m in (_keys_map(k), _values_map(v))]
     layouts = [tuple(slots[i : i + 3]) for i in range(0, len(slots), 3)]
-    _launch(q8.contiguous(), maps, lengths, descales, qk_descale, out, None, layouts)
+    _launch(q8.contiguous(), maps, lengths, descales, qk_descale.contiguous(), out, None, layouts)
     return out
 
 
@@ -113,7 +130,7 @@ def forward_half(
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, Lq, H, d] in the dtype of q and the log-sum-exp, float32 [B, H, Lq], where `serves_half` accepts.
 
-    `lengths`: valid rows of each segment, int32 [1] on the device, or None for all.
+    `lengths`: valid rows of each segment, one integer on the device, or None for all.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -133,20 +150,21 @@ def _launch(
     lse: Tensor | None,
     layouts: Sequence[tuple[int, ...]],
 ) -> None:
-    from .attention_hopper_kernel import hopper_kernel, merge_kernel
+    """`layouts`: slots, their rows and their padded rows, of each segment."""
+    from .attention_hopper_kernel import hopper_kernel
 
     batch, queries, heads, d = q.shape
-    groups = 3 if q.dtype == E4M3 else 2
-    rows = groups * GROUP
-    q_tiles = -(-queries // rows)
-    tiles = batch * heads * q_tiles
+    groups, stages = (3, 4) if q.dtype == E4M3 else (2, 2)
+    tiles = batch * heads * -(-queries // (groups * ROWS))
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     rest = tiles % programs
-    part = torch.empty((2 * programs, rows, d), dtype=torch.float32, device=q.device) if rest else None
-    peak = torch.empty((2 * programs, rows, 2), dtype=torch.float32, device=q.device) if rest else None
+    part = peak = None
+    if rest:
+        part = torch.empty((2 * programs, groups * ROWS, d), dtype=torch.float32, device=q.device)
+        peak = torch.empty((2 * programs, groups * ROWS, 2), dtype=torch.float32, device=q.device)
     absent = [None] * (2 - len(layouts))
     hopper_kernel[(programs,)](
-        _rows_map(q, GROUP),
+        _rows_map(q, ROWS),
         *maps,
         *absent * 2,
         *lengths,
@@ -165,11 +183,8 @@ def _launch(
         tiles,
         d**-0.5 * LOG2E.value,
         GROUPS=groups,
-        STAGES=4 if q.dtype == E4M3 else 2,
+        STAGES=stages,
         num_warps=4,
     )
-    if rest:
-        merge_kernel[(rows // MERGED, rest)](
-            part, peak, out, lse, programs, rest, tiles - rest, q_tiles, queries, heads,
-            D=d, TILE=rows, ROWS_EACH=MERGED, num_warps=4,
-        )  # fmt: skip
+    if part is not None and peak is not None:
+        merge(part, peak, out, lse, tiles, rest)

@@ -4,106 +4,27 @@ A persistent program runs on every multiprocessor and takes tiles of queries of 
 (Shah et al., "FlashAttention-3", 2024): one warp loads queries, keys and values by TMA into shared memory, keys and
 values into a ring of stages; the others, in warpgroups of 64 queries each, multiply. While one warpgroup computes its
 softmax, the tensor cores work for another: three of them in e4m3; two in 2-byte types, whose operands take more
-registers. Barriers are the only thing that the roles share.
-
-Keys lie in one or two segments of slots (`Fp8Segment`; a 2-byte segment is one slot). Of every slot the tile that is
-not full comes first, so that one branch masks it and changes the unit of the accumulator. An e4m3 tile starts at a
-multiple of KEYS rows, since slots are padded; a 2-byte tile may start before its segment, where TMA gives zeros:
-whatever lies beyond the valid rows is never read.
-
-Tiles that do not fill a last round are divided among all programs along their keys; each part leaves its accumulator,
-maximum and sum in float32, and `merge_kernel` puts them together ("stream-K").
+registers. Barriers are the only thing that the roles share. `attention_hopper_work` says who takes what.
 
 e4m3: the columns of the scores follow the accumulator's order, not the operand's (see `to_operand`), so the descriptor
 of the keys swaps the rows of every sixteen. Products of a key tile are added in float32, since Hopper's FP8 tensor
-cores accumulate with fewer bits. A quarter of the exponentials is a polynomial, since the special-function units would
-be the bottleneck.
+cores accumulate with fewer bits. Values have one scale a slot, head and channel: the accumulator is kept in units of
+the slot being read.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from .attention_hopper_softmax import along, exponentials, fold_max, fold_sum, mask_tile, to_operand
+from .attention_hopper_work import KEYS, count_work, find_tile, find_work, segment_slots, slot_tiles
+
 ROWS = gl.constexpr(64)
 """Queries of one warpgroup."""
-KEYS = gl.constexpr(128)
-"""Keys of a tile."""
 LOWEST = gl.constexpr(-1e30)
 """The running maximum before the first key; finite, so that its difference to a masked score is one."""
 LOG2_448 = gl.constexpr(8.807354922057604)
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def segment_slots(length_ptr, layout):
-    """Valid rows of a segment, the slots that they fill, and their key tiles."""
-    count, rows = layout[0], layout[1]
-    length = gl.to_tensor(count) * rows
-    if length_ptr is not None:
-        length = gl.minimum(gl.load(length_ptr).to(gl.int32), length)
-    tiles = length // rows * gl.cdiv(rows, KEYS) + gl.cdiv(length % rows, KEYS)
-    return length, gl.cdiv(length, rows), tiles
-
-
-@gluon.jit
-def slot_tiles(slot, slots_0, length_0, length_1, layout_0, layout_1):
-    """Valid rows and key tiles of a slot, counted through both segments; a call without keys sees one masked tile."""
-    if slot < slots_0:
-        valid = gl.minimum(length_0 - slot * layout_0[1], layout_0[1])
-    else:
-        valid = gl.minimum(length_1 - (slot - slots_0) * layout_1[1], layout_1[1])
-    valid = gl.maximum(valid, 0)
-    return valid, gl.maximum(gl.cdiv(valid, KEYS), 1)
-
-
-@gluon.jit
-def find_tile(index, slots_0, length_0, length_1, layout_0, layout_1):
-    """Slot of a key tile, the slot's valid rows and key tiles, and how many of these are left from this one on."""
-    slot = 0
-    valid, count = slot_tiles(slot, slots_0, length_0, length_1, layout_0, layout_1)
-    while index >= count:
-        index -= count
-        slot += 1
-        valid, count = slot_tiles(slot, slots_0, length_0, length_1, layout_0, layout_1)
-    return slot, valid, count, count - index
-
-
-@gluon.jit
-def find_work(item, rounds, tiles, key_tiles):
-    """The query tile of a program's item of work, and its first and last key tile.
-
-    After `rounds` whole tiles come two parts of the tiles that remain: in units of one tile over the number of
-    programs, program p has those from p * rest to (p + 1) * rest, which touch two tiles at most.
-    """
-    programs, p = gl.num_programs(0), gl.program_id(0)
-    tile, begin, end = item * programs + p, 0, key_tiles
-    if item >= rounds:
-        rest = tiles % programs
-        first = p * rest // programs
-        stop = (p + 1) * rest - first * programs  # in units from the start of the first tile
-        tile = rounds * programs + first
-        if item == rounds:
-            begin = (p * rest - first * programs) * key_tiles // programs
-            end = gl.minimum(stop, programs) * key_tiles // programs
-        else:
-            tile += 1
-            end = (stop - programs) * key_tiles // programs
-    return tile, begin, end
-
-
-@gluon.jit
-def count_work(tiles):
-    """Whole tiles of a program, and its items of work."""
-    programs, p = gl.num_programs(0), gl.program_id(0)
-    rounds, rest = tiles // programs, tiles % programs
-    items = rounds
-    if rest > 0:
-        items += 1
-        if (p + 1) * rest > (p * rest // programs + 1) * programs:
-            items += 1
-    return rounds, items
 
 
 @gluon.jit
@@ -156,7 +77,7 @@ def produce(loads, GROUPS: gl.constexpr, STAGES: gl.constexpr):
                 q_desc, [batch, (tile % q_tiles * GROUPS + group) * ROWS, head * D], q_ready.index(group),
                 q_smem.index(group)._reinterpret(q_desc.dtype, q_desc.block_shape, q_desc.layout),
             )  # fmt: skip
-        slot, valid, count, left = find_tile(begin, slots_0, length_0, length_1, layout_0, layout_1)
+        slot, valid, _, left = find_tile(begin, slots_0, length_0, length_1, layout_0, layout_1)
         for _ in range(begin, end):
             stage, phase = ring(done, STAGES)
             bar = ready.index(stage)
@@ -179,91 +100,9 @@ def produce(loads, GROUPS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def halve(x):
-    """The left and the right half [M, N / 2] of x [M, N]."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    return gl.split(gl.permute(gl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-
-
-@gluon.jit
-def fold_max(x):
-    """Maxima over the columns that are equal modulo 8, [M, 8]: as far as one thread sees them."""
-    for _ in gl.static_range(4):
-        left, right = halve(x)
-        x = gl.maximum(left, right)
-    return x
-
-
-@gluon.jit
-def fold_sum(x):
-    """Sums over the columns that are equal modulo 8, [M, 8]."""
-    for _ in gl.static_range(4):
-        left, right = halve(x)
-        x = left + right
-    return x
-
-
-@gluon.jit
-def along(row, like):
-    """A value a row, as a column beside `like` [M, N]."""
-    return gl.convert_layout(row, gl.SliceLayout(1, like.type.layout), assert_trivial=True)[:, None]
-
-
-@gluon.jit
-def exp2_polynomial(x):
-    """2^x on the multiply-add units, to 1.8e-3 of its value: enough for weights that round to e4m3.
-
-    x = n + f with n an integer and f in [-1/2, 1/2]; adding 1.5 * 2^23 + 127 leaves n + 127, the exponent of 2^n, in the
-    last bits of the sum.
-    """
-    ROUND: gl.constexpr = 12582912.0 + 127.0
-    x = gl.maximum(x, -40.0, propagate_nan=tl.PropagateNan.ALL)
-    shifted = x + ROUND
-    f = x - (shifted - ROUND)
-    power = (shifted.to(gl.int32, bitcast=True) << 23).to(gl.float32, bitcast=True)
-    return ((0.23842675 * f + 0.70344488) * f + 1.00044305) * power
-
-
-@gluon.jit
-def exponentials(x, FP8: gl.constexpr):
-    """2^x [M, N]; for e4m3 a quarter of the columns is a polynomial."""
-    if FP8:
-        left, right = halve(x)
-        middle, last = halve(right)
-        left, middle, last = gl.exp2(left), gl.exp2(middle), exp2_polynomial(last)
-        x = gl.convert_layout(put_together(left, put_together(middle, last)), x.type.layout, assert_trivial=True)
-    else:
-        x = gl.exp2(x)
-    return x
-
-
-@gluon.jit
-def put_together(left, right):
-    """The inverse of `halve`."""
-    right = gl.convert_layout(right, left.type.layout, assert_trivial=True)
-    both = gl.permute(gl.join(left, right), (0, 2, 1))
-    return gl.reshape(both, (left.shape[0], left.shape[1] * 2))
-
-
-@gluon.jit
-def to_operand(weights, layout: gl.constexpr):
-    """Weights [M, N] as the first operand of the product with the values; nothing moves between threads.
-
-    A 2-byte operand has the accumulator's order. For e4m3, of sixteen columns thread t of four holds 8j + 2t + b (j, b
-    in 0, 1) and is to hold 4t + 2j + b: the keys were loaded in that order.
-    """
-    if weights.dtype == gl.float8e4nv:
-        M: gl.constexpr = weights.shape[0]
-        N: gl.constexpr = weights.shape[1]
-        columns = gl.reshape(weights, (M, N // 16, 2, 4, 2))
-        weights = gl.reshape(gl.permute(columns, (0, 1, 3, 2, 4)), (M, N))
-    return gl.convert_layout(weights, layout, assert_trivial=True)
-
-
-@gluon.jit
-def read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, channels, D: gl.constexpr):
+def read_unit(units, slot, batch, head, channels, D: gl.constexpr):
     """Descales of the values of a slot, counted through both segments, in some channels."""
+    descale_ptr_0, descale_ptr_1, slots_0, layout_0, layout_1, heads = units
     if descale_ptr_1 is None or slot < slots_0:
         row = ((batch * layout_0[0] + slot) * heads + head) * D
         unit = gl.load(descale_ptr_0 + row + channels)
@@ -271,18 +110,6 @@ def read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, b
         row = ((batch * layout_1[0] + slot - slots_0) * heads + head) * D
         unit = gl.load(descale_ptr_1 + row + channels)
     return unit
-
-
-@gluon.jit
-def mask_tile(scores, valid, count, FP8: gl.constexpr):
-    """The first tile of a slot, of which only some keys are valid: -inf for the others."""
-    c = gl.arange(0, KEYS, gl.SliceLayout(0, scores.type.layout))
-    if FP8:
-        c = c // 16 * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2  # the key that each column holds
-        seen = c < valid - (count - 1) * KEYS
-    else:
-        seen = c >= count * KEYS - valid
-    return gl.where(seen[None, :], scores, float("-inf"))
 
 
 @gluon.jit
@@ -295,6 +122,7 @@ def consume(work, INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
     ) = work  # fmt: skip
     q_ready, q_free = q_bars
     ready, free = bars
+    units = (descale_ptr_0, descale_ptr_1, slots_0, layout_0, layout_1, heads)
     HALF: gl.constexpr = D // 2
     dtype: gl.constexpr = k_smem.dtype
     FP8: gl.constexpr = dtype == gl.float8e4nv
@@ -314,7 +142,7 @@ def consume(work, INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
         batch, head = (tile // q_tiles) // heads, (tile // q_tiles) % heads
         tile_scale = scale
         if qk_descale_ptr is not None:
-            tile_scale = scale * gl.load(qk_descale_ptr + head % heads)
+            tile_scale = scale * gl.load(qk_descale_ptr + head)
         top = gl.full((ROWS,), LOWEST, gl.float32, ROW_LAYOUT)
         total = gl.zeros_like(fold_sum(no_scores))  # [M, 8]: of a row, what each thread has seen
         acc_0, acc_1 = nothing, nothing
@@ -329,10 +157,10 @@ def consume(work, INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
             if left == count:
                 scores = mask_tile(scores, valid, count, FP8)
                 if FP8 and slot > 0 and i > begin:
-                    old_0 = read_unit(descale_ptr_0, descale_ptr_1, slot - 1, slots_0, layout_0, layout_1, batch, head, heads, channels, D)
-                    new_0 = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, channels, D)
-                    old_1 = read_unit(descale_ptr_0, descale_ptr_1, slot - 1, slots_0, layout_0, layout_1, batch, head, heads, HALF + channels, D)
-                    new_1 = read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, HALF + channels, D)
+                    old_0 = read_unit(units, slot - 1, batch, head, channels, D)
+                    new_0 = read_unit(units, slot, batch, head, channels, D)
+                    old_1 = read_unit(units, slot - 1, batch, head, HALF + channels, D)
+                    new_1 = read_unit(units, slot, batch, head, HALF + channels, D)
                     acc_0 *= (old_0 / new_0)[None, :]
                     acc_1 *= (old_1 / new_1)[None, :]
             highest = gl.convert_layout(gl.max(fold_max(scores), 1), ROW_LAYOUT, assert_trivial=True)
@@ -366,17 +194,17 @@ def consume(work, INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
         mbarrier.arrive(q_free.index(INDEX))
 
         if FP8:
-            acc_0 *= read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, channels, D)[None, :]
-            acc_1 *= read_unit(descale_ptr_0, descale_ptr_1, slot, slots_0, layout_0, layout_1, batch, head, heads, HALF + channels, D)[None, :]
+            acc_0 *= read_unit(units, slot, batch, head, channels, D)[None, :]
+            acc_1 *= read_unit(units, slot, batch, head, HALF + channels, D)[None, :]
         sums = gl.convert_layout(gl.sum(total, 1), ROW_LAYOUT)
         if item < rounds:
-            sums = gl.where(sums == 0.0, 1.0, sums)  # a query without keys gives zero
+            divisor = gl.where(sums == 0.0, 1.0, sums)  # a query without keys gives zero
             first = (tile % q_tiles * GROUPS + INDEX) * ROWS
             tokens = first + gl.arange(0, ROWS, gl.SliceLayout(1, O_LAYOUT))
             out = out_ptr + (((batch * queries + tokens).to(gl.int64) * heads + head) * D)[:, None] + channels[None, :]
             present = (tokens < queries)[:, None]
-            gl.store(out, (acc_0 / along(sums, acc_0)).to(out_ptr.dtype.element_ty), mask=present)
-            gl.store(out + HALF, (acc_1 / along(sums, acc_1)).to(out_ptr.dtype.element_ty), mask=present)
+            gl.store(out, (acc_0 / along(divisor, acc_0)).to(out_ptr.dtype.element_ty), mask=present)
+            gl.store(out + HALF, (acc_1 / along(divisor, acc_1)).to(out_ptr.dtype.element_ty), mask=present)
             if lse_ptr is not None:
                 tokens = first + gl.arange(0, ROWS, ROW_LAYOUT)
                 lse = (top + gl.log2(sums)) * LN2
@@ -416,7 +244,7 @@ def hopper_kernel(
     length_0, slots_0, key_tiles = segment_slots(length_ptr_0, layout_0)
     length_1 = 0
     if k_desc_1 is not None:
-        length_1, slots_1, tiles_1 = segment_slots(length_ptr_1, layout_1)
+        length_1, _, tiles_1 = segment_slots(length_ptr_1, layout_1)
         key_tiles += tiles_1
     key_tiles = gl.maximum(key_tiles, 1)
     q_tiles = gl.cdiv(queries, GROUPS * ROWS)
@@ -457,34 +285,3 @@ def hopper_kernel(
             [4, 1],
             [240, 24],
         )
-
-
-@triton.jit
-def merge_kernel(
-    part_ptr, peak_ptr, out_ptr, lse_ptr, programs, rest, first_tile, q_tiles, queries, heads,
-    D: tl.constexpr, TILE: tl.constexpr, ROWS_EACH: tl.constexpr,
-):  # fmt: skip
-    """The rows of one divided tile from its parts: part [2 * programs, TILE, D], peak [2 * programs, TILE, 2]."""
-    tile = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS_EACH + tl.arange(0, ROWS_EACH)
-    dims = tl.arange(0, D)
-    acc = tl.zeros((ROWS_EACH, D), tl.float32)
-    top = tl.full((ROWS_EACH,), -1e30, tl.float32)
-    total = tl.zeros((ROWS_EACH,), tl.float32)
-    for p in range(tile * programs // rest, ((tile + 1) * programs - 1) // rest + 1):
-        piece = 2 * p + tl.where(p * rest // programs == tile, 0, 1)
-        row = piece * TILE + rows
-        new_top = tl.maximum(top, tl.load(peak_ptr + row * 2))
-        weight = tl.exp2(tl.load(peak_ptr + row * 2) - new_top)
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.load(peak_ptr + row * 2 + 1) * weight
-        acc = acc * decay[:, None] + tl.load(part_ptr + row[:, None] * D + dims[None, :]) * weight[:, None]
-        top = new_top
-    total = tl.where(total == 0.0, 1.0, total)
-    bh = (first_tile + tile) // q_tiles
-    tokens = (first_tile + tile) % q_tiles * TILE + rows
-    out = out_ptr + (((bh // heads * queries + tokens).to(tl.int64) * heads + bh % heads) * D)[:, None] + dims[None, :]
-    present = tokens < queries
-    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=present[:, None])
-    if lse_ptr is not None:
-        tl.store(lse_ptr + bh * queries + tokens, (top + tl.log2(total)) * 0.6931471805599453, mask=present)
