@@ -29,6 +29,7 @@ from ..kernels import (
     attention_cudnn,
     attention_forward,
     attention_fp8,
+    attention_hopper,
     attention_joined,
     attention_table,
 )
@@ -87,8 +88,12 @@ def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
     bounds: tuple[tuple[Values, float], ...] = (("mixed", 6e-2), ("fp8", 7e-2))
     for mode, bound in bounds:
         fp8 = partial(attention_fp8.attention_fp8, x.q8, x.segments[mode], x.qk_descale)
-        best = sweep(mode, FP8, fp8, s.flops, sweeping)
-        attempt(f"triton {mode} {best and astuple(best)}", bound, fp8, best)
+        best = sweep(mode, FP8, fp8, s.flops, sweeping) or attention_fp8.choose_tiles(s.head_dim, mode)
+        attempt(f"triton {mode} {astuple(best)}", bound, fp8, best)
+    if attention_hopper.available(x.q.device):
+        attempt("gluon fp8", 7e-2, attention_fp8.attention_fp8, x.q8, x.segments["fp8"], x.qk_descale)
+        pairs = (keys, values, [x.length, None])
+        attempt("gluon bf16, 2 segments", 1e-2, lambda: attention_hopper.forward_half(x.q, *pairs)[0])
     for name, library in attention_table.LIBRARIES.items():
         if name in attention_table.available():
             run = partial(library, x.q, x.joined.k, x.joined.v)

@@ -10,6 +10,7 @@ Error: relative L2 of the result on uncorrelated normal data, 15,312 keys of d =
 Non-finite values: as in `rope_attention`, but what lies beyond the valid rows of `v` must be finite (it is multiplied
 by zero); `Fp8Segment.allocate` makes it zero. A query without keys gives zero. Inference only.
 Errors: ValueError when segments and queries do not fit.
+On a Hopper GPU a kernel in Gluon serves e4m3 values with d = 128 (`attention_hopper`).
 Source: scales by head and channel after FlashAttention-3 (Shah et al., 2024) and SageAttention2 (Zhang et al., 2024).
 """
 
@@ -21,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import attention_hopper
 from .attention_forward import LOG2E, Tiles
 from .attention_fp8_kernel import fp8_kernel
 from .cases import Case, Op, randn
@@ -131,7 +133,7 @@ def choose_tiles(head_dim: int, values: Values) -> Tiles:
 
 
 def attention_fp8(q8: Tensor, segments: Sequence[Fp8Segment], qk_descale: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """Attention over an FP8 cache; see the module docstring. `tiles` overrides the choice (tuning)."""
+    """Attention over an FP8 cache; see the module docstring. `tiles` asks for the Triton kernel with these (tuning)."""
     _check(q8, segments, qk_descale)
     config = None if tiles is None else [tiles.block_m, tiles.block_n, tiles.num_warps, tiles.num_stages]
     return torch.ops.kinora.attention_fp8(
@@ -184,6 +186,8 @@ def _attention_fp8_op(
     out = torch.empty(q8.shape, dtype=torch.bfloat16, device=q8.device)
     if out.numel() == 0:
         return out
+    if not tiles and attention_hopper.serves_fp8(q8, keys, values, descales, slots):
+        return attention_hopper.forward_fp8(q8, keys, values, descales, lengths, qk_descale, slots)
     chosen = Tiles(*tiles) if tiles else choose_tiles(head_dim, "mixed" if descales[0] is None else "fp8")
     q8 = q8.contiguous()
     # of keys: batch, row, head; of values: batch, row (bfloat16) or channel (e4m3), head

@@ -8,6 +8,7 @@ of segment i (None: already rotated); `lengths[i]` (int, or an integer tensor of
 many leading rows of segment i are valid (None: all, 0: none); `mask` [Lq, sum L_i] bool, True = attend (training).
 Result [B, Lq, H, d] in the dtype of q.
 Dtypes: q, rotated k and v meet in the dtype of v; softmax and both products in float32, one rounding of the result.
+On a Hopper GPU a kernel in Gluon serves half precision with d = 128, without masks and tables (`attention_hopper`).
 Rotation: a segment that few queries read is rotated as it is loaded; else once, into a buffer (`rotate_rows`).
 Non-finite values: a NaN in a query stays in its row, one in a valid key or value spreads to every query of its head
 (a masked value too: 0 * NaN); rows beyond `lengths` have no effect, whatever they hold. A query without keys gives
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_backward, attention_table
+from . import attention_backward, attention_hopper, attention_table
 from .attention_forward import forward
 from .cases import Case, Op, randn
 from .dispatch import fused, triton_runs
@@ -149,7 +150,11 @@ def _rope_attention_op(
         out = reference(q, keys, values, ropes, lengths, mask)
         return out.contiguous(), log_sum_exp(q, keys, ropes, lengths, mask, values[0].dtype)
     library = attention_table.library_for(q, keys, values, ropes, lengths, mask)
-    return library(q, keys[0], values[0]) if library else forward(q, keys, values, ropes, lengths, mask)
+    if library:
+        return library(q, keys[0], values[0])
+    if attention_hopper.serves_half(q, keys, values, ropes, mask):
+        return attention_hopper.forward_half(q, keys, values, lengths)
+    return forward(q, keys, values, ropes, lengths, mask)
 
 
 @_rope_attention_op.register_fake

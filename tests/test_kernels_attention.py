@@ -312,11 +312,12 @@ def test_a_length_on_the_device_is_for_the_library_that_reads_it(monkeypatch: py
     q, k, half = torch.empty(1, 3168, 40, 128), torch.empty(1, 15312, 40, 128), torch.bfloat16
     entry = attention_table.shape_class(q, k, half, counted=True)
     assert entry in attention_table.MEASURED["NVIDIA H200"]
+    monkeypatch.setattr(attention_table, "available", lambda: ("triton", "sdpa-cudnn", "cudnn-frontend"))
+    assert attention_table.choose("A", (9, 0), entry, half, 2**30) == "triton"
+    monkeypatch.setitem(attention_table.MEASURED, "A", {entry: "cudnn-frontend"})
+    assert attention_table.choose("A", (9, 0), entry, half, 2**30) == "cudnn-frontend"
     monkeypatch.setattr(attention_table, "available", lambda: ("triton", "sdpa-cudnn", "sdpa-flash"))
     assert attention_table.choose("A", (9, 0), entry, half, 2**30) == "triton"
-    monkeypatch.setattr(attention_table, "available", lambda: ("triton", "sdpa-cudnn", "cudnn-frontend"))
-    assert attention_table.choose("A", (9, 0), entry, half, 2**30) == "cudnn-frontend"
-    assert attention_table.choose("A", (8, 0), entry, half, 2**30) == "triton"
 
 
 def test_measured_entries_are_shape_classes_and_implementations() -> None:
