@@ -67,7 +67,7 @@ class ModelChoice:
         @cache
         def speech() -> Wav2Vec2Encoder:
             with drawn(self.dtype, self.device):
-                return Wav2Vec2Encoder(WAV2VEC2_LARGE_XLSR)
+                return Wav2Vec2Encoder(WAV2VEC2_LARGE_XLSR).to(self.device)  # one of its tensors ignores `drawn`
 
         def features(mode: GenerationMode) -> LiveAudioFeatures:
             return LiveAudioFeatures.of_wav2vec2(speech(), LiveWindow(hop_frames=mode.block_frames, fps=mode.fps))

@@ -21,16 +21,15 @@ from .linear import HALF
 Library = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """q, k, v [B, L, H, d] -> result like q, log-sum-exp float32 [B, H, Lq]."""
 
-MEASURED: dict[str, dict[str, str]] = {
-    "NVIDIA H200": {  # torch 2.11, CUDA 13, cuDNN 9.19
-        "bfloat16 d128 h32 q2048 k8192": "sdpa-cudnn",  # the full cache: 1831 us; ours 2230, flash 2904
-        "bfloat16 d128 h32 q2048 k4096": "sdpa-cudnn",  # the first block: 694; 1021, 1113
-        "bfloat16 d128 h128 q2048 k8192": "sdpa-cudnn",  # four time-steps: 7198; 10367, 11365
-        "bfloat16 d128 h32 q2048 k512": "sdpa-cudnn",  # text: 67; 123, 117
-        "bfloat16 d128 h64 q1024 k4": "sdpa-cudnn",  # audio: 33.6; 35.3, 40.6
-        "bfloat16 d128 h32 q2048 k8192 counted": "triton",  # on an H100: 1652 us; cuDNN's frontend 1786
-    }
+_HOPPER = {  # an H200, torch 2.11, CUDA 13, cuDNN 9.19
+    "bfloat16 d128 h32 q2048 k8192": "sdpa-cudnn",  # the full cache: 1831 us; ours 2230, flash 2904
+    "bfloat16 d128 h32 q2048 k4096": "sdpa-cudnn",  # the first block: 694; 1021, 1113
+    "bfloat16 d128 h128 q2048 k8192": "sdpa-cudnn",  # four time-steps: 7198; 10367, 11365
+    "bfloat16 d128 h32 q2048 k512": "sdpa-cudnn",  # text: 67; 123, 117
+    "bfloat16 d128 h64 q1024 k4": "sdpa-cudnn",  # audio: 33.6; 35.3, 40.6
+    "bfloat16 d128 h32 q2048 k8192 counted": "triton",  # on an H100: 1652 us; cuDNN's frontend 1786
 }
+MEASURED: dict[str, dict[str, str]] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 """Device name -> shape class -> implementation."""
 
 

@@ -32,9 +32,10 @@ ROWS = 128  # rows of a tile; the stride of a slot is a multiple of it
 @triton.jit
 def slot_of(write_ptr, slot_rows):
     """The slot where the block goes."""
-    if write_ptr is None:
-        return 0
-    return tl.load(write_ptr).to(tl.int32) // slot_rows
+    slot = 0
+    if write_ptr is not None:  # not an early return: Triton 3.6 compiles what follows one all the same
+        slot = tl.load(write_ptr).to(tl.int32) // slot_rows
+    return slot
 
 
 @triton.jit
