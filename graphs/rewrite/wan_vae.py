@@ -12,6 +12,7 @@ captured step allocates nothing at all. The weights are copied: later changes of
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..capture import Pool, record
 from ..models.wan_vae import WanVae
 from ..models.wan_vae_blocks import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
-from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Stage, Up, WindowConv
+from .wan_vae_stages import Attention, Canvases, Down, Inlet, PixelHead, Residual, Room, Stage, Up, WindowConv
 
 
 class _Stream(ABC):
@@ -98,14 +99,14 @@ class StreamingDecoder(_Stream):
         like = vae.conv2.weight.new_empty(0)
         room = Room(batch, latents, rows, columns, like)
         stages: list[Stage] = [WindowConv(decoder.conv1, room)]
-        streams: dict[tuple[int, int], Tensor] = {}
+        shared = Shared({}, {})
         for block in (*decoder.middle, *decoder.upsamples):
-            stages.append(_stage(block, room, streams))
+            stages.append(_stage(block, room, shared))
             room = _room_after(stages[-1], block, room)
         factor = config.spatial_factor
         shape = (batch, 3, latents * config.temporal_factor, rows * factor, columns * factor)
         self.frames = torch.empty(shape, device=like.device)
-        stages.append(PixelHead(head["0"], head["2"], room, self.frames, bound))
+        stages.append(PixelHead(head["0"], head["2"], room, self.frames, bound, shared.canvases))
         super().__init__(stages, latents, None)
         self.latents = torch.zeros(batch, config.z_dim, latents, rows, columns, device=like.device)
         mean, inverse = (value.float().flatten() for value in vae.latent_scale(like.device))
@@ -154,9 +155,9 @@ class StreamingEncoder(_Stream):
         self._factor = config.temporal_factor
         room = Room(batch, latents * self._factor, rows, columns, like)
         stages: list[Stage] = [WindowConv(encoder.conv1, room)]
-        streams: dict[tuple[int, int], Tensor] = {}
+        shared = Shared({}, {})
         for block in (*encoder.downsamples, *encoder.middle):
-            stages.append(_stage(block, room, streams))
+            stages.append(_stage(block, room, shared))
             room = _room_after(stages[-1], block, room)
         stages.append(WindowConv(_latent_head(vae), room, norm))
         self._mean = torch.empty(batch, latents, room.height, room.width, config.z_dim, device=like.device)
@@ -212,8 +213,16 @@ def _latent_head(vae: WanVae) -> CausalConv3d:
     return folded
 
 
-def _stage(block: torch.nn.Module, room: Room, streams: dict[tuple[int, int], Tensor]) -> Stage:
-    """The stage of a block; blocks of equal size and width share their stream through `streams`."""
+@dataclass(frozen=True)
+class Shared:
+    """Memory that stages of equal size use one after another: the stream between blocks, and what they convolve."""
+
+    streams: dict[tuple[int, int], Tensor]  # by height and channels
+    canvases: Canvases
+
+
+def _stage(block: torch.nn.Module, room: Room, shared: Shared) -> Stage:
+    """The stage of a block; blocks of equal size and width share their memory."""
     if isinstance(block, Upsample):
         return Up(block, room)
     if isinstance(block, Downsample):
@@ -226,9 +235,14 @@ def _stage(block: torch.nn.Module, room: Room, streams: dict[tuple[int, int], Te
     else:
         raise TypeError(f"a {type(block).__name__} is no block of the Wan VAE")
     key = (room.height, channels)
-    if key not in streams:
-        streams[key] = room.plain(channels)
-    return (Residual if isinstance(block, ResidualBlock) else Attention)(block, room, streams[key])  # type: ignore[arg-type]
+    if key not in shared.streams:
+        shared.streams[key] = room.plain(channels)
+    stream = shared.streams[key]
+    return (
+        Residual(block, room, stream, shared.canvases)
+        if isinstance(block, ResidualBlock)
+        else Attention(block, room, stream)
+    )
 
 
 def _room_after(stage: Stage, block: torch.nn.Module, room: Room) -> Room:

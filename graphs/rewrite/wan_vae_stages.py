@@ -65,10 +65,22 @@ class Room:
         return self.like.new_empty(self.batch, self.frames, self.height, self.width, channels)
 
     def window(self, channels: int, past: int = 0) -> "Window":
+        return Window(self._ringed(channels, past), past, channels)
+
+    def shared_window(self, channels: int, past: int, canvases: "Canvases", which: str) -> "SharedWindow":
+        """A window on the canvas `which` ("a" or "b") of this size; see `SharedWindow`."""
+        key = self.height, self.width, channels, past, which
+        if key not in canvases:
+            canvases[key] = self._ringed(channels, past)
+        return SharedWindow(canvases[key], past, channels)
+
+    def _ringed(self, channels: int, past: int) -> Tensor:
         aligned = -(-channels // 16) * 16  # what the kernel's loads want; the extra channels are zeros
-        return Window(
-            ringed(self.batch, past + self.frames, self.height, self.width, aligned, self.like), past, channels
-        )
+        return ringed(self.batch, past + self.frames, self.height, self.width, aligned, self.like)
+
+
+Canvases = dict[tuple[int, int, int, int, str], Tensor]
+"""Buffers that windows of equal size share."""
 
 
 class Window:
@@ -98,6 +110,33 @@ class Window:
 
     def reset(self) -> None:
         self.buffer[:, : self.past].zero_()
+
+
+class SharedWindow(Window):
+    """A window whose history is kept apart, so that the buffer is free for others once the new frames are convolved.
+
+    At the last level of the decoder the buffers are most of its memory, and only two of them are in use at a time: the
+    input of a convolution and its output. The price is one more copy of the history. `filled` comes before `roll`, and
+    `roll` before the next writer of the buffer.
+    """
+
+    def __init__(self, buffer: Tensor, past: int, channels: int):
+        super().__init__(buffer, past, channels)
+        self.history = torch.zeros_like(inner(buffer)[:, :past, ..., :channels])
+
+    def filled(self, frames: int) -> Tensor:
+        self._frames(0).copy_(self.history)
+        return super().filled(frames)
+
+    def roll(self, frames: int) -> None:
+        self.history.copy_(self._frames(frames))
+
+    def reset(self) -> None:
+        self.history.zero_()
+
+    def _frames(self, start: int) -> Tensor:
+        """As many frames as the history has, without the ring."""
+        return inner(self.buffer)[:, start : start + self.past, ..., : self.channels]
 
 
 class Conv:
@@ -144,13 +183,15 @@ class WindowConv:
 class Residual:
     """`ResidualBlock`: both norms are in the epilogues before them, the sum in that of the second convolution."""
 
-    def __init__(self, block: ResidualBlock, room: Room, stream: Tensor):
-        """`stream` [B, T, H, W, C] holds the block's input; blocks of a level share it, each overwrites it."""
+    def __init__(self, block: ResidualBlock, room: Room, stream: Tensor, canvases: Canvases):
+        """`stream` [B, T, H, W, C] holds the block's input; blocks of a level share it, each overwrites it, and so they
+        do with the canvases."""
         layers: Any = block.residual
         norm_a, conv_a, norm_b, conv_b = layers.values()
         self.stream = stream
         self.gamma_a, self.gamma_b = _gamma(norm_a), _gamma(norm_b)
-        self.window_a, self.window_b = (room.window(conv.in_channels, past=2) for conv in (conv_a, conv_b))
+        self.window_a = room.shared_window(conv_a.in_channels, 2, canvases, "a")
+        self.window_b = room.shared_window(conv_b.in_channels, 2, canvases, "b")
         self.conv_a = Conv(conv_a.weight, conv_a.bias, self.window_a.buffer.shape[-1])
         self.conv_b = Conv(conv_b.weight, conv_b.bias, self.window_b.buffer.shape[-1])
         self.shortcut: Tensor | None = None
@@ -167,10 +208,10 @@ class Residual:
     def run(self, frames: int, first: bool, outlet: Inlet) -> None:
         x = self.stream[:, :frames]
         self.conv_a(self.window_a.filled(frames), Inlet(normed=self.window_b.new(frames), gamma=self.gamma_b))
+        self.window_a.roll(frames)  # the next convolution may write where this window was
         residual = x if self.shortcut is None else F.linear(x, self.shortcut)
         self.conv_b(self.window_b.filled(frames), outlet, residual)
-        for window in self.windows():
-            window.roll(frames)
+        self.window_b.roll(frames)
 
     def windows(self) -> list[Window]:
         return [self.window_a, self.window_b]
@@ -288,10 +329,18 @@ class Down:
 class PixelHead:
     """Norm, SiLU and the last convolution of the decoder, to few channels: see `gather_taps`."""
 
-    def __init__(self, norm: ChannelRmsNorm, conv: CausalConv3d, room: Room, frames: Tensor, bound: float | None):
-        """`frames` [B, 3, T, H, W]: where the pixels go."""
+    def __init__(
+        self,
+        norm: ChannelRmsNorm,
+        conv: CausalConv3d,
+        room: Room,
+        frames: Tensor,
+        bound: float | None,
+        canvases: Canvases,
+    ):
+        """`frames` [B, 3, T, H, W]: where the pixels go; the window is on canvas "a", as that of a block would be."""
         self.gamma = _gamma(norm)
-        self.window = room.window(conv.in_channels, past=2)
+        self.window = room.shared_window(conv.in_channels, 2, canvases, "a")
         self.frames, self.bound = frames, bound
         taps = tap_weight(conv.weight)
         self.conv = Conv(taps, taps.new_zeros(len(taps)), self.window.buffer.shape[-1])
