@@ -21,6 +21,7 @@ from ..graphs.quantize import quantize_linears
 from ..graphs.rewrite.nodes import VIEWS
 from ..graphs.rewrite.program import Program
 from ..graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
+from ..graphs.rewrite.wan_vae_stages import Scratch
 from ..runtime.compile import PUBLISHED_SIZE
 from ..runtime.placement.batched_steps import BatchedSteps
 from ..runtime.placement.captured import CapturedBlock
@@ -126,7 +127,9 @@ def published(precision: str, batched: bool = False, size: tuple[int, int] = PUB
     kind = BatchedSteps if batched else CapturedBlock
     with torch.no_grad():
         stream = kind(dit, torch.zeros(1, LIVEAVATAR_14B.text_dim, device="meta"), STREAM, grid)
-        decoder, encoder = StreamingDecoder(vae, *grid, DECODED), StreamingEncoder(vae, *size, ENCODED)
+        scratch = Scratch()
+        decoder = StreamingDecoder(vae, *grid, DECODED, scratch=scratch)
+        encoder = StreamingEncoder(vae, *size, ENCODED, scratch=scratch)
         return account(stream, ("VAE weights", vae), ("VAE decoder", decoder), ("VAE encoder", encoder))
 
 
