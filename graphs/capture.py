@@ -6,19 +6,30 @@ keep nothing in it between replays: results belong in buffers that were allocate
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 WARM_UP = 2  # calls before recording: kernels are compiled, libraries choose their algorithms
-Pool = Any  # PyTorch's opaque handle
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Working memory that graphs share. PyTorch takes a pool back with its last graph; `anchor` is one that stays."""
+
+    handle: Any  # opaque
+    anchor: torch.cuda.CUDAGraph
+    static: Tensor  # what the anchor writes
 
 
 def shared_pool(device: torch.device) -> Pool | None:
     """Working memory for several graphs on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
-    return torch.cuda.graph_pool_handle()
+    handle, static = torch.cuda.graph_pool_handle(), torch.zeros(1, device=device)
+    return Pool(handle, _record(static.zero_, device, WARM_UP, handle), static)
 
 
 def record(
@@ -28,6 +39,10 @@ def record(
 
     `pool`: where the working memory comes from, None for a pool of its own.
     """
+    return _record(function, device, warm_up, None if pool is None else pool.handle)
+
+
+def _record(function: Callable[[], object], device: torch.device, warm_up: int, handle: Any) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -35,7 +50,7 @@ def record(
             function()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on
+    with torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local"):  # other threads may go on
         function()
     return graph
 

@@ -21,10 +21,12 @@ from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
 class SessionStats:
     """Numbers of a session so far; the times count work, not waiting for sound.
 
-    `time_to_first_frame`: seconds from the opening of the session (picture, prompt and condition included) to its
-    first frame, None before it; `fps`: frames made per second of work after the opening; `audio_seconds`: sound fed.
+    `opening`: seconds of the opening: picture, prompt and condition, and compiling where that was due;
+    `time_to_first_frame`: from the start of the opening to the first frame, None before it; `fps`: frames made per
+    second of work after the opening; `audio_seconds`: sound fed.
     """
 
+    opening: float
     time_to_first_frame: float | None
     fps: float
     frames: int
@@ -75,7 +77,7 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         rate = self._frames / self._working if self._working else 0.0
-        return SessionStats(self._first_frame, rate, self._frames, self._samples / AUDIO_RATE)
+        return SessionStats(self._opening, self._first_frame, rate, self._frames, self._samples / AUDIO_RATE)
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """Mono sound, float32 [n] at 16 kHz (any n) -> the new frames, uint8 RGB [T, H, W, 3], T may be 0.

@@ -154,6 +154,26 @@ def test_stream(model: str, tmp_path: Path) -> None:
     assert eager.seconds and eager.samples == 12 and math.isclose(eager.metrics["fps"], 12 / eager.seconds)
     for what in ("opening", "first_frame"):
         assert eager.metrics[f"{what}_seconds_cold"] > 0 and eager.metrics[f"{what}_seconds_warm"] > 0
+    for stage in ("opening/VAE encode", "opening/condition", "first block/denoise", "first block/audio features"):
+        assert eager.metrics[stage] > 0
+    steady = sum(seconds for name, seconds in eager.metrics.items() if name.startswith("steady block/"))
+    assert "steady block/VAE decode" in eager.metrics and "steady block/condition" not in eager.metrics
+    assert steady > 0
+
+
+@pytest.mark.parametrize(
+    "command", ["step", *(pytest.param(c, marks=pytest.mark.slow) for c in ("block", "vae", "stream"))]
+)
+def test_the_captured_variant_is_right(
+    model: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs run call by call here; the numbers of a CPU say nothing, so the command itself refuses."""
+    monkeypatch.setattr("kinora.bench.captured.need_gpu", lambda *_: None)
+    out = tmp_path / "captured.json"
+    fast = [*FAST, "--no-plot"] if command != "stream" else ["--device", "cpu"]
+    assert main([command, "--model", model, "--variant", "kinora", "-o", str(out), *fast]) == 0
+    for result in Report.load(out).results:
+        assert result.status == "ok" and result.seconds
 
 
 def test_diffusers_peer(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

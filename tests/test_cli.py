@@ -136,8 +136,10 @@ def test_options_reach_load(inputs, monkeypatch, capsys):
         runtime, "load", lambda name, **options: asked.update(name=name, **options) or FakeAvatar(FakeSession())
     )
     options = ["--model", "liveavatar-14b", "--checkpoint", "files", "--device", "cpu", "--placement", "single"]
+    options += ["--precision", "fp8"]
     assert run([*JOB, *options], capsys)[0] == 0
-    assert asked == {"name": "liveavatar-14b", "checkpoint": Path("files"), "device": "cpu", "placement": "single"}
+    told = {"checkpoint": Path("files"), "device": "cpu", "placement": "single", "precision": "fp8"}
+    assert asked == {"name": "liveavatar-14b"} | told
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +245,7 @@ BAD_INPUT = {
     "no checkpoint": ({"--model": "liveavatar-14b"}, "checkpoint"),
     "an empty checkpoint": ({"--model": "liveavatar-14b", "--checkpoint": "."}, "lacks"),
     "unknown placement": ({"--placement": "moon"}, "moon"),
+    "unknown precision": ({"--precision": "int3"}, "int3"),
     "unknown device": ({"--device": "abacus"}, "abacus"),
 }
 

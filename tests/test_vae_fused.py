@@ -7,6 +7,7 @@ import pytest
 import torch
 from kinora.graphs.models.wan_vae import VaeConfig
 from kinora.graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
+from kinora.graphs.rewrite.wan_vae_stages import Scratch
 from kinora.kernels.dispatch import using
 from test_vae import TINY, make_vae
 from torch import Tensor
@@ -53,6 +54,36 @@ def test_any_cut_encodes_like_the_plain_vae(config: VaeConfig, cut: list[int]) -
         parts = [encoder.step(part).clone() for part in clip.split(sizes, 2)]
         assert relative(torch.cat(parts, 2), expected) < 1e-5
         encoder.reset()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_streams_that_take_turns_share_their_scratch(batch: int) -> None:
+    """Two decoders and an encoder of fewer frames, step by step in turn: bit for bit what each gives alone."""
+    vae, factor = make_vae(TINY), TINY.spatial_factor
+    latents = torch.randn(2, batch, 3, 6, 2, 3)
+    clip = torch.rand(batch, 3, 1 + 5 * TINY.temporal_factor, 2 * factor, 3 * factor) * 2 - 1
+    sizes = [1] + [TINY.temporal_factor] * 5
+
+    def streams(scratch: Scratch | None) -> tuple[StreamingDecoder, StreamingDecoder, StreamingEncoder]:
+        first, second = (StreamingDecoder(vae, 2, 3, latents=2, batch=batch, scratch=scratch) for _ in range(2))
+        return first, second, StreamingEncoder(vae, 2 * factor, 3 * factor, 1, batch, scratch)
+
+    def run(*made: StreamingDecoder | StreamingEncoder) -> list[Tensor]:
+        given = [*(part.split((1, 2, 2, 1), 2) for part in latents), clip.split(sizes, 2)]
+        parts: list[list[Tensor]] = [[], [], []]
+        for turn in range(len(sizes)):
+            for stream, pieces, found in zip(made, given, parts, strict=True):
+                if turn < len(pieces):
+                    found.append(stream.step(pieces[turn]).clone())
+        return [torch.cat(found, 2) for found in parts]
+
+    scratch = Scratch()
+    together, alone = run(*streams(scratch)), run(*streams(None))
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    if batch == 1:
+        count = len(scratch.buffers)
+        streams(scratch)
+        assert len(scratch.buffers) == count  # further streams take no more
 
 
 SMALL = VaeConfig(16, 3, (1, 2), 1, (True,), (0.1, -0.2, 0.3), (1.5, 0.5, 2.0))

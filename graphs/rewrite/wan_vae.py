@@ -21,7 +21,7 @@ from torch import Tensor
 from ..capture import Pool, record
 from ..models.wan_vae import WanVae
 from ..models.wan_vae_blocks import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
-from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Stage, Up, WindowConv
+from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Scratch, Stage, Up, WindowConv
 
 
 class _Stream(ABC):
@@ -90,22 +90,30 @@ class StreamingDecoder(_Stream):
 
     @torch.no_grad()
     def __init__(
-        self, vae: WanVae, rows: int, columns: int, latents: int = 3, batch: int = 1, bound: float | None = 1.0
+        self,
+        vae: WanVae,
+        rows: int,
+        columns: int,
+        latents: int = 3,
+        batch: int = 1,
+        bound: float | None = 1.0,
+        scratch: Scratch | None = None,
     ):
-        """`bound`: clamp the frames to [-bound, bound], None: do not."""
+        """`bound`: clamp the frames to [-bound, bound], None: do not. `scratch`: memory shared with other streams of
+        this VAE, which then must take their steps one after another; None for its own."""
         config, decoder = vae.config, vae.decoder
         head: Any = decoder.head
         like = vae.conv2.weight.new_empty(0)
         room = Room(batch, latents, rows, columns, like)
         stages: list[Stage] = [WindowConv(decoder.conv1, room)]
-        streams: dict[tuple[int, int], Tensor] = {}
+        scratch = scratch or Scratch()
         for block in (*decoder.middle, *decoder.upsamples):
-            stages.append(_stage(block, room, streams))
+            stages.append(_stage(block, room, scratch))
             room = _room_after(stages[-1], block, room)
         factor = config.spatial_factor
         shape = (batch, 3, latents * config.temporal_factor, rows * factor, columns * factor)
         self.frames = torch.empty(shape, device=like.device)
-        stages.append(PixelHead(head["0"], head["2"], room, self.frames, bound))
+        stages.append(PixelHead(head["0"], head["2"], room, self.frames, bound, scratch))
         super().__init__(stages, latents, None)
         self.latents = torch.zeros(batch, config.z_dim, latents, rows, columns, device=like.device)
         mean, inverse = (value.float().flatten() for value in vae.latent_scale(like.device))
@@ -144,8 +152,16 @@ class StreamingEncoder(_Stream):
     """Frames -> normalised mean latents. `rows`, `columns` of the frames; at most `latents` latent frames a step."""
 
     @torch.no_grad()
-    def __init__(self, vae: WanVae, rows: int, columns: int, latents: int = 3, batch: int = 1):
-        """ValueError for frames that are no multiple of the VAE's factor."""
+    def __init__(
+        self,
+        vae: WanVae,
+        rows: int,
+        columns: int,
+        latents: int = 3,
+        batch: int = 1,
+        scratch: Scratch | None = None,
+    ):
+        """`scratch` as in `StreamingDecoder`. ValueError for frames that are no multiple of the VAE's factor."""
         config, encoder = vae.config, vae.encoder
         norm: Any = encoder.head["0"]
         if rows % config.spatial_factor or columns % config.spatial_factor:
@@ -154,9 +170,9 @@ class StreamingEncoder(_Stream):
         self._factor = config.temporal_factor
         room = Room(batch, latents * self._factor, rows, columns, like)
         stages: list[Stage] = [WindowConv(encoder.conv1, room)]
-        streams: dict[tuple[int, int], Tensor] = {}
+        scratch = scratch or Scratch()
         for block in (*encoder.downsamples, *encoder.middle):
-            stages.append(_stage(block, room, streams))
+            stages.append(_stage(block, room, scratch))
             room = _room_after(stages[-1], block, room)
         stages.append(WindowConv(_latent_head(vae), room, norm))
         self._mean = torch.empty(batch, latents, room.height, room.width, config.z_dim, device=like.device)
@@ -212,23 +228,18 @@ def _latent_head(vae: WanVae) -> CausalConv3d:
     return folded
 
 
-def _stage(block: torch.nn.Module, room: Room, streams: dict[tuple[int, int], Tensor]) -> Stage:
-    """The stage of a block; blocks of equal size and width share their stream through `streams`."""
+def _stage(block: torch.nn.Module, room: Room, scratch: Scratch) -> Stage:
+    """The stage of a block; blocks of equal size and width share their memory."""
     if isinstance(block, Upsample):
-        return Up(block, room)
+        return Up(block, room, scratch)
     if isinstance(block, Downsample):
-        return Down(block, room)
+        return Down(block, room, scratch)
     if isinstance(block, ResidualBlock):
         first: Any = block.residual["0"]
-        channels = len(first.gamma)
-    elif isinstance(block, AttentionBlock):
-        channels = len(block.norm.gamma)
-    else:
-        raise TypeError(f"a {type(block).__name__} is no block of the Wan VAE")
-    key = (room.height, channels)
-    if key not in streams:
-        streams[key] = room.plain(channels)
-    return (Residual if isinstance(block, ResidualBlock) else Attention)(block, room, streams[key])  # type: ignore[arg-type]
+        return Residual(block, room, room.stream(len(first.gamma), scratch), scratch)
+    if isinstance(block, AttentionBlock):
+        return Attention(block, room, room.stream(len(block.norm.gamma), scratch))
+    raise TypeError(f"a {type(block).__name__} is no block of the Wan VAE")
 
 
 def _room_after(stage: Stage, block: torch.nn.Module, room: Room) -> Room:

@@ -6,6 +6,7 @@ that look back keep their past frames in front of the new ones in the same buffe
 Shapes: B batch, T frames, H, W rows and columns, C channels; all frames [B, T, H, W, C].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,15 +61,43 @@ class Room:
     width: int
     like: Tensor  # of the dtype and on the device of the network
 
-    def plain(self, channels: int) -> Tensor:
-        """[B, T, H, W, C]"""
-        return self.like.new_empty(self.batch, self.frames, self.height, self.width, channels)
+    def stream(self, channels: int, scratch: "Scratch") -> Tensor:
+        """What goes on between the blocks of a level, [B, T, H, W, C]."""
+        size = self.batch, self.frames, self.height, self.width, channels
+        return scratch.take("stream", channels, size, lambda: self.like.new_empty(size))
 
     def window(self, channels: int, past: int = 0) -> "Window":
+        return Window(ringed(*self._size(channels, past), self.like), past, channels)
+
+    def shared_window(self, channels: int, past: int, scratch: "Scratch", use: str) -> "SharedWindow":
+        """A window in the buffer that all of this size and `use` share; see `SharedWindow`."""
+        size = self._size(channels, past)
+        buffer = scratch.take(use, channels, size, lambda: ringed(*size, self.like))
+        return SharedWindow(buffer, past, channels)
+
+    def _size(self, channels: int, past: int) -> tuple[int, int, int, int, int]:
         aligned = -(-channels // 16) * 16  # what the kernel's loads want; the extra channels are zeros
-        return Window(
-            ringed(self.batch, past + self.frames, self.height, self.width, aligned, self.like), past, channels
-        )
+        return self.batch, past + self.frames, self.height, self.width, aligned
+
+
+class Scratch:
+    """Buffers whose contents matter only within one step of a stream: stages share them, and streams that take turns.
+
+    By use, size and channels; who needs fewer frames gets the first ones of what is there. For streams of one network
+    in one dtype on one device.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def take(self, use: str, channels: int, size: tuple[int, int, int, int, int], make: Callable[[], Tensor]) -> Tensor:
+        """At least `size` [B, T, H, W, C] (a ring around H and W aside) from `make`, or part of what there is."""
+        batch, frames, *rest = size
+        key = use, channels, batch, *rest
+        held = self.buffers.get(key)
+        if held is None or held.shape[1] < frames or (batch > 1 and held.shape[1] != frames):
+            held = self.buffers[key] = make()
+        return held[:, :frames]
 
 
 class Window:
@@ -98,6 +127,33 @@ class Window:
 
     def reset(self) -> None:
         self.buffer[:, : self.past].zero_()
+
+
+class SharedWindow(Window):
+    """A window whose history is kept apart, so that the buffer is free for others once the new frames are convolved.
+
+    At the last level of the decoder the buffers are most of its memory, and only two of them are in use at a time: the
+    input of a convolution ("a") and its output ("b"). The price is one more copy of the history. `filled` comes before
+    `roll`, and `roll` before the next writer of the buffer.
+    """
+
+    def __init__(self, buffer: Tensor, past: int, channels: int):
+        super().__init__(buffer, past, channels)
+        self.history = torch.zeros_like(inner(buffer)[:, :past, ..., :channels])
+
+    def filled(self, frames: int) -> Tensor:
+        self._frames(0).copy_(self.history)
+        return super().filled(frames)
+
+    def roll(self, frames: int) -> None:
+        self.history.copy_(self._frames(frames))
+
+    def reset(self) -> None:
+        self.history.zero_()
+
+    def _frames(self, start: int) -> Tensor:
+        """As many frames as the history has, without the ring."""
+        return inner(self.buffer)[:, start : start + self.past, ..., : self.channels]
 
 
 class Conv:
@@ -144,13 +200,14 @@ class WindowConv:
 class Residual:
     """`ResidualBlock`: both norms are in the epilogues before them, the sum in that of the second convolution."""
 
-    def __init__(self, block: ResidualBlock, room: Room, stream: Tensor):
+    def __init__(self, block: ResidualBlock, room: Room, stream: Tensor, scratch: Scratch):
         """`stream` [B, T, H, W, C] holds the block's input; blocks of a level share it, each overwrites it."""
         layers: Any = block.residual
         norm_a, conv_a, norm_b, conv_b = layers.values()
         self.stream = stream
         self.gamma_a, self.gamma_b = _gamma(norm_a), _gamma(norm_b)
-        self.window_a, self.window_b = (room.window(conv.in_channels, past=2) for conv in (conv_a, conv_b))
+        self.window_a = room.shared_window(conv_a.in_channels, 2, scratch, "a")
+        self.window_b = room.shared_window(conv_b.in_channels, 2, scratch, "b")
         self.conv_a = Conv(conv_a.weight, conv_a.bias, self.window_a.buffer.shape[-1])
         self.conv_b = Conv(conv_b.weight, conv_b.bias, self.window_b.buffer.shape[-1])
         self.shortcut: Tensor | None = None
@@ -167,10 +224,10 @@ class Residual:
     def run(self, frames: int, first: bool, outlet: Inlet) -> None:
         x = self.stream[:, :frames]
         self.conv_a(self.window_a.filled(frames), Inlet(normed=self.window_b.new(frames), gamma=self.gamma_b))
+        self.window_a.roll(frames)  # the next convolution may write where this window was
         residual = x if self.shortcut is None else F.linear(x, self.shortcut)
         self.conv_b(self.window_b.filled(frames), outlet, residual)
-        for window in self.windows():
-            window.roll(frames)
+        self.window_b.roll(frames)
 
     def windows(self) -> list[Window]:
         return [self.window_a, self.window_b]
@@ -206,7 +263,7 @@ class Attention:
 class Up:
     """`Upsample`: the temporal convolution writes both halves of its channels as frames that follow each other."""
 
-    def __init__(self, block: Upsample, room: Room):
+    def __init__(self, block: Upsample, room: Room, scratch: Scratch):
         conv: Any = block.resample["1"]
         self.time: Window | None = None
         large = room
@@ -214,7 +271,7 @@ class Up:
             self.time = room.window(conv.in_channels, past=2)
             self.time_conv = Conv(block.time_conv.weight, block.time_conv.bias, self.time.buffer.shape[-1])
             large = Room(room.batch, 2 * room.frames, room.height, room.width, room.like)
-        self.picture = large.window(conv.in_channels)
+        self.picture = large.shared_window(conv.in_channels, 0, scratch, "picture")
         self.conv = Conv(_widened(conv.weight, self.picture), conv.bias, upsample=True)
 
     def frames_out(self, frames: int, first: bool) -> int:
@@ -247,9 +304,9 @@ class Up:
 class Down:
     """`Downsample`: the library convolves the ringed picture, then the temporal convolution skips every other frame."""
 
-    def __init__(self, block: Downsample, room: Room):
+    def __init__(self, block: Downsample, room: Room, scratch: Scratch):
         conv: Any = block.resample["1"]
-        self.picture = room.window(conv.in_channels)
+        self.picture = room.shared_window(conv.in_channels, 0, scratch, "picture")
         # the ring is zero, the kernel's first row and column too: 3x3 with one zero row and column behind the picture
         weight = F.pad(_widened(conv.weight.detach(), self.picture), (1, 0, 1, 0))
         self.weight = weight.contiguous(memory_format=torch.channels_last)
@@ -288,16 +345,24 @@ class Down:
 class PixelHead:
     """Norm, SiLU and the last convolution of the decoder, to few channels: see `gather_taps`."""
 
-    def __init__(self, norm: ChannelRmsNorm, conv: CausalConv3d, room: Room, frames: Tensor, bound: float | None):
-        """`frames` [B, 3, T, H, W]: where the pixels go."""
+    def __init__(
+        self,
+        norm: ChannelRmsNorm,
+        conv: CausalConv3d,
+        room: Room,
+        frames: Tensor,
+        bound: float | None,
+        scratch: Scratch,
+    ):
+        """`frames` [B, 3, T, H, W]: where the pixels go; the window is "a", as that of a block would be."""
         self.gamma = _gamma(norm)
-        self.window = room.window(conv.in_channels, past=2)
+        self.window = room.shared_window(conv.in_channels, 2, scratch, "a")
         self.frames, self.bound = frames, bound
         taps = tap_weight(conv.weight)
         self.conv = Conv(taps, taps.new_zeros(len(taps)), self.window.buffer.shape[-1])
         self.bias = conv.bias.detach().float()
         exact = Room(room.batch, room.frames, room.height, room.width, room.like.float())
-        self.partial = exact.window(len(taps))
+        self.partial = exact.shared_window(len(taps), 0, scratch, "taps")
 
     def frames_out(self, frames: int, first: bool) -> int:
         return frames

@@ -27,7 +27,10 @@ def generate(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the video, or one number for a square.")] = "",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default what the model was made for.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    placement: Annotated[str, typer.Option(help="How the model is spread over devices: auto, single.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8.")] = "auto",
+    placement: Annotated[
+        str, typer.Option(help="single: plain steps; captured: compiled, on a GPU as CUDA graphs; auto.")
+    ] = "auto",
     allow_silence: Annotated[bool, typer.Option("--allow-silence", help="Go on when the sound is silent.")] = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -67,7 +70,7 @@ def generate(
 
     with FrameProgress(f"loading {model}") as progress:
         try:
-            avatar = runtime.load(model, checkpoint=checkpoint, placement=placement, device=device)
+            avatar = runtime.load(model, checkpoint=checkpoint, precision=precision, placement=placement, device=device)
             progress.say("reading the picture")
             session = avatar.stream(picture, prompt=prompt, seed=seed, steps=steps, size=chosen_size)
         except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...graphs.capture import Pool
 from ...graphs.models.wan_vae import DecoderState, EncoderState, VaeConfig, WanVae
 from ...graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
+from ...graphs.rewrite.wan_vae_stages import Scratch
 
 DECODED = 3  # latent frames a step: a block
 ENCODED = 1  # a third of the memory of 3, and the encoder is not in a hurry
@@ -20,13 +21,20 @@ ENCODED = 1  # a third of the memory of 3, and the encoder is not in a hurry
 class CapturedDecoder:
     """`WanVae.decode` and `decode_stream` for latents of one size; one stream at a time: a new state starts it anew.
 
-    `grid`: latent (rows, columns); a step takes `latents` latent frames; `pool`: memory shared with other graphs.
-    Frames are clamped to [-1, 1].
+    `grid`: latent (rows, columns); a step takes `latents` latent frames; `pool`, `scratch`: memory that is
+    shared with other graphs, and with other streams of the VAE. Frames are clamped to [-1, 1].
     """
 
-    def __init__(self, vae: WanVae, grid: tuple[int, int], latents: int = DECODED, pool: Pool | None = None):
+    def __init__(
+        self,
+        vae: WanVae,
+        grid: tuple[int, int],
+        latents: int = DECODED,
+        pool: Pool | None = None,
+        scratch: Scratch | None = None,
+    ):
         self.latents = latents
-        self.stream = StreamingDecoder(vae, *grid, latents)
+        self.stream = StreamingDecoder(vae, *grid, latents, scratch=scratch)
         self.state: DecoderState | None = None
         if self.stream.latents.is_cuda:
             self.stream.capture(pool)
@@ -50,11 +58,18 @@ class CapturedDecoder:
 class CapturedEncoder:
     """`WanVae.encode` and `encode_stream` for frames of one size, as `CapturedDecoder`. Latents are normalised."""
 
-    def __init__(self, vae: WanVae, size: tuple[int, int], latents: int = ENCODED, pool: Pool | None = None):
+    def __init__(
+        self,
+        vae: WanVae,
+        size: tuple[int, int],
+        latents: int = ENCODED,
+        pool: Pool | None = None,
+        scratch: Scratch | None = None,
+    ):
         """`size`: (height, width) in pixels."""
         self.factor = vae.config.temporal_factor
         self.latents = latents
-        self.stream = StreamingEncoder(vae, *size, latents)
+        self.stream = StreamingEncoder(vae, *size, latents, scratch=scratch)
         self.state: EncoderState | None = None
         if self.stream.video.is_cuda:
             self.stream.capture(pool)

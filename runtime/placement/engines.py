@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.capture import shared_pool
+from ...graphs.rewrite.wan_vae_stages import Scratch
 from ..systems.codec import VideoCodec
 from ..systems.liveavatar import Denoiser, LiveAvatarSystem
 from ..systems.liveavatar_mode import GenerationMode
@@ -16,7 +17,9 @@ from .captured_vae import CapturedDecoder, CapturedEncoder, CapturedVae
 from .pool import IdlePool
 from .single import SingleDevice
 
-IDLE_ENGINES = 1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 34 GB
+IDLE_ENGINES = (
+    1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB (docs/performance.md)
+)
 
 
 @dataclass
@@ -80,7 +83,8 @@ class CapturedPlacement:
     Engines are compiled once for each `EngineKey` and used again; a session with another key than the idle ones has its
     own compiled when it opens. Sessions that are open at the same time have an engine each. At most `IDLE_ENGINES` (or
     what `keep` says) wait for later sessions; a new engine is built after what is idle has made room. All graphs share
-    their working memory, so they run one after another: `turn` is a lock that a session holds while it works.
+    their working memory, and the VAE's streams their buffers, so they run one after another, on one CUDA stream: `turn`
+    is a lock that a session holds while it works.
     """
 
     def __init__(self, system: LiveAvatarSystem):
@@ -89,6 +93,7 @@ class CapturedPlacement:
         self.memory = shared_pool(system.dit.device)
         self.engines: IdlePool[EngineKey, CapturedEngine] = IdlePool(self._build, IDLE_ENGINES)
         self.encoders: IdlePool[tuple[int, int], CapturedEncoder] = IdlePool(self._build_encoder, 1)
+        self._scratch_of = (0, 0), Scratch()
         self._rehearsed = False
 
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> CapturedEngine:
@@ -114,7 +119,8 @@ class CapturedPlacement:
         blank = torch.zeros(1, dit.config.text_dim)
         block = CapturedBlock(dit, blank, mode, key.grid, pool=self.memory)
         block.record()
-        decoder = CapturedDecoder(vae, key.grid, dit.config.num_frames_per_block, self.memory)
+        latents, scratch = dit.config.num_frames_per_block, self._scratch(key.grid)
+        decoder = CapturedDecoder(vae, key.grid, latents, self.memory, scratch)
         if dit.device.type == "cuda":
             torch.cuda.empty_cache()  # what the warm-up took on a stream of its own
         return CapturedEngine(CapturedVae(vae.config, decoder, self._encode), block, self.turn, key, self.engines)
@@ -130,7 +136,15 @@ class CapturedPlacement:
                 self.encoders.give(size, encoder)
 
     def _build_encoder(self, size: tuple[int, int]) -> CapturedEncoder:
-        return CapturedEncoder(self.system.vae, size, pool=self.memory)
+        factor = self.system.vae.config.spatial_factor
+        scratch = self._scratch((size[0] // factor, size[1] // factor))
+        return CapturedEncoder(self.system.vae, size, pool=self.memory, scratch=scratch)
+
+    def _scratch(self, grid: tuple[int, int]) -> Scratch:
+        """What the VAE's streams of a size share, which take turns; that of another size lives as long as they do."""
+        if self._scratch_of[0] != grid:
+            self._scratch_of = grid, Scratch()
+        return self._scratch_of[1]
 
     def _rehearse_audio(self, mode: GenerationMode) -> None:
         """The first call of an audio encoder loads its kernels; here, where no one waits for a frame yet."""
