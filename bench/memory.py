@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
-from ..graphs.models.liveavatar_memory import Fp8Memory, PlainMemory
+from ..graphs.models.liveavatar_memory import Fp8Memory, LayerMemory
 from ..graphs.models.wan_vae import BF16_AUTOCAST, WAN21_VAE, WanVae
 from ..graphs.quantize import quantize_linears
 from ..graphs.rewrite.nodes import VIEWS
@@ -48,7 +48,7 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
         ("text keys and values", stream.text.layers),
         ("condition keys and values", [_condition(layer) for layer in memories]),
         ("reference keys before rotation", [layer.reference for layer in memories]),
-        ("rings", [layer.cache if isinstance(layer, PlainMemory) else layer.ring for layer in memories]),
+        ("rings", [layer.ring if isinstance(layer, Fp8Memory) else layer.cache for layer in memories]),
         ("inputs and tables", [stream.static, memory]),
         *vae,
     ]
@@ -57,7 +57,7 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
     return [*parts, Part("working memory of a step", working_bytes(program))]
 
 
-def _condition(layer: PlainMemory | Fp8Memory) -> object:
+def _condition(layer: LayerMemory) -> object:
     return layer.condition if isinstance(layer, Fp8Memory) else None  # a joined cache counts as ring
 
 
