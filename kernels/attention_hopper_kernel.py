@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .attention_hopper_softmax import along, exponentials, fold_max, fold_sum, mask_tile, to_operand
+from .attention_hopper_softmax import along, fold_max, fold_sum, mask_tile, to_operand
 from .attention_hopper_work import KEYS, count_work, find_tile, find_work, segment_slots, slot_tiles
 
 ROWS = gl.constexpr(64)
@@ -167,7 +167,7 @@ def consume(work, INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
             new_top = gl.maximum(top, highest * tile_scale)
             decay = gl.exp2(top - new_top)
             top = new_top
-            weights = exponentials(scores * tile_scale - (top - bias)[:, None], FP8)
+            weights = gl.exp2(scores * tile_scale - (top - bias)[:, None])
             total = total * along(decay, total) + fold_sum(weights)
             p = to_operand(weights.to(dtype), P_LAYOUT)
             v = v_smem.index(stage).permute((1, 0)) if FP8 else v_smem.index(stage)

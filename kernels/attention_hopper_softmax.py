@@ -4,7 +4,6 @@ Scores lie as the tensor cores leave them: of eight columns, thread t of four ho
 joined and reordered here stays within a thread; `assert_trivial` makes that a compile-time check.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -41,42 +40,6 @@ def fold_sum(x):
 def along(row, like):
     """A value a row, as a column beside `like` [M, N]."""
     return gl.convert_layout(row, gl.SliceLayout(1, like.type.layout), assert_trivial=True)[:, None]
-
-
-@gluon.jit
-def exp2_polynomial(x):
-    """2^x on the multiply-add units, to 1.8e-3 of its value: enough for weights that round to e4m3.
-
-    x = n + f with n an integer and f in [-1/2, 1/2]; adding 1.5 * 2^23 + 127 leaves n + 127, the exponent of 2^n, in
-    the last bits of the sum.
-    """
-    ROUND: gl.constexpr = 12582912.0 + 127.0
-    x = gl.maximum(x, -40.0, propagate_nan=tl.PropagateNan.ALL)
-    shifted = x + ROUND
-    f = x - (shifted - ROUND)
-    power = (shifted.to(gl.int32, bitcast=True) << 23).to(gl.float32, bitcast=True)
-    return ((0.23842675 * f + 0.70344488) * f + 1.00044305) * power
-
-
-@gluon.jit
-def exponentials(x, FP8: gl.constexpr):
-    """2^x [M, N]; for e4m3 a quarter of the columns is a polynomial."""
-    if FP8:
-        left, right = halve(x)
-        middle, last = halve(right)
-        left, middle, last = gl.exp2(left), gl.exp2(middle), exp2_polynomial(last)
-        x = gl.convert_layout(put_together(left, put_together(middle, last)), x.type.layout, assert_trivial=True)
-    else:
-        x = gl.exp2(x)
-    return x
-
-
-@gluon.jit
-def put_together(left, right):
-    """The inverse of `halve`."""
-    right = gl.convert_layout(right, left.type.layout, assert_trivial=True)
-    both = gl.permute(gl.join(left, right), (0, 2, 1))
-    return gl.reshape(both, (left.shape[0], left.shape[1] * 2))
 
 
 @gluon.jit
