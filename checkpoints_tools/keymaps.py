@@ -113,6 +113,25 @@ class KeyMap:
         return published
 
 
+@dataclass(frozen=True)
+class SameNames(KeyMap):
+    """The table of a module that is named like its file."""
+
+    table: tuple[Rule, ...] = ()
+
+    def rename(self, key: str) -> tuple[str, ...]:
+        return () if self.is_unused(key) else (key,)
+
+    def original(self, key: str) -> str | None:
+        return key
+
+    def apply(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        return {key: value for key, value in state.items() if not self.is_unused(key)}, []
+
+    def invert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(state)
+
+
 UMT5 = KeyMap(
     "UMT5 encoder",
     rules(

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from .keymaps import KeyMap
-from .lora_names import ALPHA, DIFFERENCES, FACTORS, OTHER_METHODS, Names, split_ending, without_prefix
+from .lora_names import (
+    ALPHA,
+    DIFFERENCES,
+    FACTORS,
+    OTHER_METHODS,
+    Names,
+    split_ending,
+    without_prefix,
+)
 
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 PREFIX = "base_model.model."
@@ -31,7 +39,9 @@ def is_target(module: str, targets: Sequence[str] = LORA_TARGETS) -> bool:
 
 def split_lora_key(key: str) -> tuple[str, str] | None:
     """`[base_model.model.]<module>.lora_A[.default].weight` -> (module, "A"); None for any other key."""
-    return split_ending(key.removeprefix(PREFIX), {k: v for k, v in FACTORS.items() if ".lora_A" in k or ".lora_B" in k})
+    return split_ending(
+        key.removeprefix(PREFIX), {k: v for k, v in FACTORS.items() if ".lora_A" in k or ".lora_B" in k}
+    )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """How adapter files name their tensors: prefixes, factors, differences (tables), and which module a name means.
 
-| written by | a layer's factors | scale | further tensors |
+| written by | a layer's factors | scale | more |
 |---|---|---|---|
 | PEFT | `base_model.model.<module>.lora_A[.default].weight`, `lora_B` | `adapter_config.json` | whole parameters |
 | kohya, musubi-tuner | `lora_unet_<module, _ for .>.lora_down.weight`, `lora_up` | `<same>.alpha` | |
-| diffusers | `transformer.<diffusers' module>.lora_A.weight`, `lora_B`; older `.lora.down.weight` | rank | |
-| ComfyUI, lightx2v | `diffusion_model.<module>.lora_down.weight` or `lora_A` | `.alpha` or rank | `.diff`, `.diff_b`, `.diff_m` |
+| diffusers | `transformer.<diffusers' module>.lora_A.weight`, `lora_B`; older `.lora.down.weight` | 1 | |
+| ComfyUI, lightx2v | `diffusion_model.<module>.lora_down.weight`, or `lora_A` | `.alpha` or 1 | `.diff`, `.diff_b`, `.diff_m` |
 
 Sources: peft's save format (docs, "Checkpoint format"), LightX2V's docs (deploy_guides/lora_deploy, "Supported LoRA
 Formats"), liveavatar.md 1.4, omniavatar.md 1.3.
@@ -25,11 +25,13 @@ PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
 )
-FACTORS = {
+PEFT_FACTORS = {
     ".lora_A.default.weight": "A",
     ".lora_B.default.weight": "B",
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+}
+FACTORS = PEFT_FACTORS | {
     ".lora_down.weight": "A",
     ".lora_up.weight": "B",
     ".lora.down.weight": "A",

@@ -103,5 +103,7 @@ def _check_places(path: Path, entries: dict[str, Entry], data: int, size: int) -
             raise _damaged(path, f"{name} begins at byte {entry.offset:,}, where {at:,} was expected")
         at += entry.nbytes
     if at != size:
-        short = f"{at - size:,} bytes are missing at its end" if at > size else f"{size - at:,} bytes belong to no tensor"
+        short = (
+            f"{at - size:,} bytes are missing at its end" if at > size else f"{size - at:,} bytes belong to no tensor"
+        )
         raise _damaged(path, f"its header promises {at:,} bytes, the file has {size:,}: {short}")

@@ -107,7 +107,7 @@ class Weights(Mapping[str, Entry]):
             held = self._held[name].contiguous().view(-1).view(torch.uint8)
             out.copy_(held[start : start + out.numel()])
             return
-        view, done, handle = memoryview(out.numpy()), 0, self._handle(entry.file)
+        view, done, handle = memoryview(out.numpy().data), 0, self._handle(entry.file)
         while done < len(view):
             got = os.preadv(handle, [view[done:]], entry.offset + start + done)
             if got == 0:
@@ -167,7 +167,9 @@ def _open_shards(index: Path) -> Weights:
             f"{index} names {len(shards)} shards, of which {_listed(absent)} are not there; download them"
         )
     weights = _join(index, [open_weights(shard) for shard in shards])
-    wrong = [f"{key} ({shard})" for key, shard in table.items() if key not in weights or weights[key].file.name != shard]
+    wrong = [
+        f"{key} ({shard})" for key, shard in table.items() if key not in weights or weights[key].file.name != shard
+    ]
     if wrong:
         raise UnreadableFile(
             f"{index} promises tensors that no shard holds where it says: {_listed(wrong)}; download the shards again"

@@ -34,7 +34,8 @@ def load(
 ) -> "Avatar":
     """Load a model by its name (`MODELS`), or a folder that `python -m kinora.train.tiny` wrote.
 
-    - `checkpoint`: the folder of the published files, for models that are not embedded.
+    - `checkpoint`: for models that are not embedded, the folder of the published files, or their repository on the
+      Hugging Face Hub as `owner/name` or `owner/name@revision` (docs/checkpoints.md).
     - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
     - `placement`: "single" (all on one device); "auto" chooses it.
     - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
@@ -53,13 +54,12 @@ def load(
     target, name = pick_device(device), os.fspath(name_or_path)
     if name == "liveavatar-14b":
         if checkpoint is None:
-            raise CheckpointError(f"{name} is not embedded; pass checkpoint=, the folder of Wan2.2-S2V-14B")
-        folder = Path(checkpoint)
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no folder {folder}; pass the folder of Wan2.2-S2V-14B")
+            raise CheckpointError(
+                f"{name} is not embedded; pass checkpoint=, the folder of Wan2.2-S2V-14B or Wan-AI/Wan2.2-S2V-14B"
+            )
         from .systems.liveavatar_checkpoint import load_published
 
-        return Avatar(name, load_published(folder, dtype or torch.bfloat16, target))
+        return Avatar(name, load_published(checkpoint, dtype or torch.bfloat16, target))
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
