@@ -5,7 +5,7 @@ is read. Then each tensor is merged in its own dtype, cast, quantised and put in
 way: the host holds reading buffers, the device never more than the finished model and two tensors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,11 +120,12 @@ def load_lora(
     device: torch.device | str = "cpu",
     scaling: Scaling | None = None,
     keymap: KeyMap | None = None,
+    targets: Sequence[str] = (),
 ) -> Lora:
-    """An adapter file on the device where it will be merged. Errors as `read_lora`."""
+    """An adapter file on the device where it will be merged; arguments and errors as `read_lora`."""
     target = torch.device(device)
     if target.type == "cpu":
         state = {name: weights.map(name) for name in weights}
     else:
         state = {name: value.clone() for name, value in stream_tensors(weights, weights.in_file_order(), target)}
-    return read_lora(state, parameters, scaling, keymap)
+    return read_lora(state, parameters, scaling, keymap, targets)

@@ -125,12 +125,8 @@ class Lora:
         adapter = self.adapters.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         return weight if adapter is None else (weight.float() + adapter.delta(weight)).to(weight.dtype)
 
-    def check(self, shapes: Mapping[str, Sequence[int]], targets: Sequence[str] = ()) -> None:
-        """KeyError when a layer of `targets` has no adapter; ValueError for factors that do not fit the shapes."""
-        modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-        wanted = {module for module in modules if is_target(module, targets)}
-        if missing := wanted - self.adapters.keys():
-            raise KeyError(f"{len(missing)} of {len(wanted)} target layers have no LoRA tensors: {_some(missing)}")
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """ValueError for tensors that do not fit the shapes of the model."""
         for module, adapter in self.adapters.items():
             a, b, weight = adapter.a, adapter.b, tuple(shapes[f"{module}.weight"])
             fits = (b.shape[0], *a.shape[1:]) == weight and math.prod(b.shape[2:]) == 1
@@ -142,15 +138,20 @@ class Lora:
 
 
 def read_lora(
-    state: Mapping[str, Tensor], parameters: Iterable[str], scaling: Scaling | None = None, keymap: KeyMap | None = None
+    state: Mapping[str, Tensor],
+    parameters: Iterable[str],
+    scaling: Scaling | None = None,
+    keymap: KeyMap | None = None,
+    targets: Sequence[str] = (),
 ) -> Lora:
     """The tensors of an adapter file, told in the names of a model with `parameters`; nothing is skipped.
 
     `keymap`: table from our names to those of another library that the file may use. A `.alpha` in the file decides
-    over `scaling`. KeyError for names that the model has not, for half a pair of factors, and for other methods than
-    LoRA.
+    over `scaling`. KeyError for a layer of `targets` without an adapter, names that the model has not, half a pair of
+    factors, and other methods than LoRA.
     """
-    names, scaling = Names(parameters, keymap), scaling or Scaling()
+    known = list(parameters)
+    names, scaling = Names(known, keymap), scaling or Scaling()
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     differences: dict[str, Tensor] = {}
@@ -177,6 +178,10 @@ def read_lora(
                 unmatched.add(name)
             else:
                 (differences if found else replaced)[ours] = value
+    wanted = {name.removesuffix(".weight") for name in known if name.endswith(".weight")}
+    wanted = {module for module in wanted if is_target(module, targets)}
+    if missing := wanted - factors.keys():
+        raise KeyError(f"{len(missing)} of {len(wanted)} target layers have no LoRA tensors: {_some(missing)}")
     if unmatched:
         raise KeyError(f"{len(unmatched)} names of the LoRA file are not in the model: {_some(unmatched)}")
     if halves := {module for module, sides in factors.items() if len(sides) != 2} | (alphas.keys() - factors.keys()):
@@ -208,8 +213,8 @@ def merge_lora(
     themselves replace theirs. KeyError when a target has no adapter, an adapter no target, or one of its two factors
     is missing; ValueError when shapes differ. Nothing is changed then.
     """
-    found = read_lora(lora, weights, Scaling(alpha), keymap)
-    found.check({name: value.shape for name, value in weights.items()}, targets)
+    found = read_lora(lora, weights, Scaling(alpha), keymap, targets)
+    found.check({name: value.shape for name, value in weights.items()})
     for name in found.changed:
         weights[name].copy_(found.apply(name, weights[name]))
     return sorted(found.adapters)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from kinora.checkpoints_tools.keymaps import UMT5
+from kinora.checkpoints_tools.liveavatar import LORA_ALPHA
 from kinora.checkpoints_tools.lora import is_target
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.models.wan_vae import VaeConfig, WanVae
@@ -114,7 +115,7 @@ def test_lora_is_merged_before_the_cast(folder: Path) -> None:
     lora = load_file(folder / "Live-Avatar" / published.LORA)
     name = "blocks.1.ffn.2"
     a, b = (lora[f"{name}.lora_{side}.default.weight"].float() for side in "AB")
-    merged = (weights[f"{name}.weight"].float() + published.LORA_ALPHA / RANK * (b @ a)).bfloat16()
+    merged = (weights[f"{name}.weight"].float() + LORA_ALPHA / RANK * (b @ a)).bfloat16()
     assert torch.equal(dit.get_submodule(name).weight, merged.float())
     assert torch.equal(dit.head.head.weight, weights["head.head.weight"].float())
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoints_tools.keymaps import SameNames
-from ...checkpoints_tools.keymaps_dit import WAN_DIFFUSERS
-from ...checkpoints_tools.load import Fp8, load_lora, load_module
+from ...checkpoints_tools.assign import KeyMismatch
+from ...checkpoints_tools.liveavatar import LoraMismatch, load_liveavatar
+from ...checkpoints_tools.load import Fp8
 from ...checkpoints_tools.locate import NotFound, locate
-from ...checkpoints_tools.lora import LORA_TARGETS, Scaling
+from ...checkpoints_tools.read import UnreadableFile
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WanVae, infer_config
 from ..encoders.live_audio import LiveAudioFeatures, LiveWindow
-from ..encoders.loading import open_checkpoint
 from ..encoders.text import TextEncoder
 from ..encoders.umt5 import UMT5_XXL
 from ..encoders.wav2vec import Wav2Vec2Encoder
@@ -34,7 +33,6 @@ SPEECH = "wav2vec2-large-xlsr-53-english"
 DIT_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 LORA = "liveavatar.safetensors"
 LORA_FOLDERS = (".", "..", "Live-Avatar", "../Live-Avatar", "LiveAvatar", "../LiveAvatar")
-LORA_ALPHA = 64.0
 SIZE_AREA = 704 * 384
 NEEDED = ("config.json", DIT_INDEX, TEXT_WEIGHTS, TOKENIZER, VAE_WEIGHTS, SPEECH)
 PATTERNS = ("config.json", "diffusion_pytorch_model*", TEXT_WEIGHTS, f"{TOKENIZER}/*", VAE_WEIGHTS, f"{SPEECH}/*")
@@ -105,7 +103,7 @@ def load_published(
             f"{base} lacks {', '.join(missing)}; download {BASE_REPOSITORY}, and {LORA} of {LORA_REPOSITORY} into it"
         )
     speech = Wav2Vec2Encoder.load(base / SPEECH, dtype=dtype, device=device)
-    dit = load_transformer(base, lora, speech.size.states, dtype, device, fp8)
+    dit = _load_transformer(base, lora, speech.size.states, dtype, device, fp8)
     vae = _load_vae(base / VAE_WEIGHTS, dtype, device)
     text = TextEncoder.load(base / TEXT_WEIGHTS, base / TOKENIZER, UMT5_XXL, dtype=torch.bfloat16, device=device)
 
@@ -129,7 +127,7 @@ def _load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     return vae.set_precision(FLOAT32 if dtype == torch.float32 else BF16_AUTOCAST)
 
 
-def load_transformer(
+def _load_transformer(
     base: Path, lora: Path, states: int, dtype: torch.dtype, device: torch.device, fp8: Fp8 | None = None
 ) -> LiveAvatar:
     """The transformer in folder `base`, the LoRA merged into its weights in their own dtype, before cast and `fp8`.
@@ -140,16 +138,10 @@ def load_transformer(
         config = LiveAvatarConfig.from_published(json.loads((base / "config.json").read_text()), audio_layers=states)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{base / 'config.json'}: {error}") from error
-    with torch.device("meta"):
-        dit = LiveAvatar(config)
-    shapes = {name: value.shape for name, value in dit.state_dict().items()}
-    with open_checkpoint(lora) as file:
-        try:
-            adapters = load_lora(file, shapes, device=device, scaling=Scaling(LORA_ALPHA), keymap=WAN_DIFFUSERS)
-            adapters.check(shapes, LORA_TARGETS)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{lora} does not fit {base}: {error.args[0]}") from error
-    with open_checkpoint(base / DIT_INDEX) as weights:
-        table = SameNames("LiveAvatar transformer")
-        load_module(dit, weights, table, dtype=dtype, device=device, lora=adapters, fp8=fp8)
-    return dit
+    index = base / DIT_INDEX
+    try:
+        return load_liveavatar(index, lora, config, dtype=dtype, device=device, fp8=fp8)
+    except KeyMismatch as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    except (UnreadableFile, LoraMismatch) as error:
+        raise CheckpointError(str(error)) from error
