@@ -39,7 +39,9 @@ def load_liveavatar(
     with open_weights(weights) as base, open_weights(lora) as file:
         try:
             scaling = Scaling(LORA_ALPHA)
-            adapters = load_lora(file, shapes, device=device, scaling=scaling, keymap=WAN_DIFFUSERS, targets=LORA_TARGETS)
+            adapters = load_lora(
+                file, shapes, device=device, scaling=scaling, keymap=WAN_DIFFUSERS, targets=LORA_TARGETS
+            )
             adapters.check(shapes)
         except (KeyError, ValueError) as error:
             raise LoraMismatch(f"{lora} does not fit {weights}: {error.args[0]}") from error
