@@ -1,8 +1,8 @@
 """`python -m kinora.bench.loading`: how long LiveAvatar 14B takes from warm files to a ready model on a GPU.
 
-Writes random shards of the exact published key set (33 GB of bfloat16 and the LoRA) and reads them once, so that the page cache
-holds them. Then a fresh process a variant loads them with `load_liveavatar`: seconds, host memory (the process's own
-pages, which the page cache is not), device memory. `stream`: reading alone, nothing done to the tensors, by number of
+Writes random shards of the exact published key set (33 GB of bfloat16 and the LoRA) and reads them once, so that the
+page cache holds them. Then a fresh process a variant loads them with `load_liveavatar`: seconds, host memory (the
+process's own pages, which the page cache is not), device memory. `stream`: reading alone, nothing done to the tensors, by number of
 reader threads. `plain`: the whole bfloat16 model first, then `quantize_linears`, to compare with.
 Needs only PyTorch and Triton.
 """
@@ -68,10 +68,11 @@ def lora_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], device: torch.device) -> int:
     """A safetensors file of random bfloat16, drawn on `device`, written by several threads; returns its bytes."""
-    table, end = {}, 0
+    table, starts, end = {}, {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
         table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        starts[name] = end
         end += size
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
@@ -85,7 +86,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], device: torch.de
             values = torch.randn(shape, device=device, dtype=torch.bfloat16) * (shape[-1] ** -0.5)
             raw, at = memoryview(values.cpu().view(-1).view(torch.uint8).numpy().data), 0
             while at < len(raw):
-                at += os.pwrite(handle, raw[at:], 8 + len(header) + table[name]["data_offsets"][0] + at)
+                at += os.pwrite(handle, raw[at:], 8 + len(header) + starts[name] + at)
 
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write, shapes))
@@ -103,7 +104,8 @@ def write_checkpoint(folder: Path, layers: int, device: torch.device) -> int:
         if held and held + 2 * torch.Size(shape).numel() > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
-    total, index = 0, {}
+    total = 0
+    index: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
         file = f"diffusion_pytorch_model-{place:05d}-of-{len(shards):05d}.safetensors"
         total += write_shard(folder / file, shard, device)
@@ -128,7 +130,7 @@ def warm(folder: Path) -> float:
 
 
 def memory_of_process() -> dict[str, int]:
-    """Bytes of this process's memory by kind: `VmHWM` the most in all, `RssAnon` its own, `RssFile` mapped files, ..."""
+    """Bytes of this process by kind: `VmHWM` the most in all, `RssAnon` its own, `RssFile` mapped files, ..."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[0].startswith(("Rss", "VmHWM", "VmRSS"))}
 
@@ -136,7 +138,8 @@ def memory_of_process() -> dict[str, int]:
 @contextmanager
 def peak_memory(every: float = 0.005) -> Iterator[dict[str, int]]:
     """Fills the dict with the growth of each kind of host memory to its peak inside the block."""
-    before, peak, done = memory_of_process(), {}, threading.Event()
+    before, done = memory_of_process(), threading.Event()
+    peak: dict[str, int] = {}
 
     def watch() -> None:
         while not done.wait(every):
@@ -154,7 +157,7 @@ def peak_memory(every: float = 0.005) -> Iterator[dict[str, int]]:
 
 @torch.no_grad()
 def plain(folder: Path, config: LiveAvatarConfig, device: torch.device) -> LiveAvatar:
-    """The whole model in bfloat16 first, then quantised: the same bits as `fp8`, and what its memory is compared with."""
+    """The whole model in bfloat16 first, then quantised: what `fp8` is compared with, in memory and bit by bit."""
     dit = load_liveavatar(folder / INDEX, folder / LORA, config, dtype=torch.bfloat16, device=device)
     quantize_linears(dit, granularity="row")
     return dit
@@ -209,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kinora.bench.loading", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=40, help="of the transformer; fewer for less disk")
     parser.add_argument(
-        "--folder", type=Path, help="where the shards are written, and kept; a temporary one if left out"
+        "--folder", type=Path, help="where the shards are written and kept; a temporary one if left out"
     )
     parser.add_argument("--variant", default=",".join(VARIANTS), help="comma-separated, in this order")
     parser.add_argument("--check", action="store_true", help="also compare the bits of fp8 and plain")

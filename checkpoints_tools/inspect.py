@@ -74,10 +74,8 @@ class Report:
 
 def inspect_path(path: Path) -> Report:
     """Look at a weight file, an index, or every weight file in a folder. Raises UnreadableFile when there is none."""
-    if path.is_file():
-        files = [_report(path.name, [path])]
-    else:
-        files = [_report(name, group) for name, group in _groups(path)]
+    groups = [(path.name, [path])] if path.is_file() else _groups(path)
+    files = [_report(name, group) for name, group in groups]
     if not files:
         raise UnreadableFile(f"{path} holds no weight files ({', '.join(ENDINGS)}); pass the folder of a checkpoint")
     return Report(tuple(files), _systems(files))
@@ -126,7 +124,9 @@ def _check_count(files: list[Path]) -> None:
 def describe(name: str, weights: Weights, match: Match | Adapters | None) -> FileReport:
     """The report of open weights that are like `match`."""
     what, part = "", ""
-    missing = unexpected = misshaped = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshaped: tuple[str, ...] = ()
     if isinstance(match, Match):
         part, also = match.published.name, ALSO.get(match.published.name)
         what = f"{part}, {match.published.part}" + (f" ({also})" if also else "")

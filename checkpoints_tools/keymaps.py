@@ -73,6 +73,13 @@ class KeyMap:
                     return rule.published.format(**match.groupdict())
         return None
 
+    def inverse(self) -> "KeyMap":
+        """The table from ours to the published names, to load files that have ours; ValueError when it splits."""
+        for rule in self.table:
+            if len(rule.ours) > 1 or rule.leading:
+                raise ValueError(f"{self.name}: {rule.published} is split or reshaped; use invert() on a state dict")
+        return KeyMap(f"{self.name}, backwards", tuple(Rule(r.ours[0], (r.published,)) for r in self.table))
+
     def apply(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Published state -> (ours, keys that no rule knows). Unused keys are dropped, tensors are views."""
         mapped: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The transformer of the published LiveAvatar: Wan2.2-S2V-14B with the distilled LoRA merged (liveavatar.md, 1.3-1.4)."""
+"""The published LiveAvatar's transformer: Wan2.2-S2V-14B with the distilled LoRA merged (liveavatar.md, 1.3-1.4)."""
 
 from pathlib import Path
 

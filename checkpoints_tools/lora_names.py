@@ -5,7 +5,7 @@
 | PEFT | `base_model.model.<module>.lora_A[.default].weight`, `lora_B` | `adapter_config.json` | whole parameters |
 | kohya, musubi-tuner | `lora_unet_<module, _ for .>.lora_down.weight`, `lora_up` | `<same>.alpha` | |
 | diffusers | `transformer.<diffusers' module>.lora_A.weight`, `lora_B`; older `.lora.down.weight` | 1 | |
-| ComfyUI, lightx2v | `diffusion_model.<module>.lora_down.weight`, or `lora_A` | `.alpha` or 1 | `.diff`, `.diff_b`, `.diff_m` |
+| ComfyUI, lightx2v | `diffusion_model.<module>.lora_down.weight` or `lora_A` | `.alpha` or 1 | `.diff`, `_b`, `_m` |
 
 Sources: peft's save format (docs, "Checkpoint format"), LightX2V's docs (deploy_guides/lora_deploy, "Supported LoRA
 Formats"), liveavatar.md 1.4, omniavatar.md 1.3.

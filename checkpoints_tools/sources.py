@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ TORCH_ENDINGS = (".pth", ".pt", ".bin", ".model", ".ckpt")
 INDEX_ENDING = ".index.json"
 WRAPPERS = ("model_state", "state_dict", "model_state_dict", "model", "module")
 SHOWN = 12
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how the two forms of torch.save begin
 
 
 class Weights(Mapping[str, Entry]):
@@ -184,19 +186,22 @@ def _listed(names: list[str]) -> str:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04" and not zipped:
-            raise UnreadableFile(
-                f"{path} is damaged: it begins as a zip archive but its directory, at the end, is missing "
-                f"({path.stat().st_size:,} bytes were kept); download it again"
-            )
+        start = file.read(4)
+    if not zipped and start[:1] != PICKLE:
+        what = (
+            "the directory at the end of the zip archive is missing" if start == ZIP else "it is no file of torch.save"
+        )
+        raise UnreadableFile(f"{path} is damaged: {what} ({path.stat().st_size:,} bytes); download it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise UnreadableFile(f"{path} is damaged ({error}); download it again") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UnreadableFile(
-            f"{path} holds Python objects beside tensors, which are never executed; on a machine where you trust it, "
-            "save its state dict alone: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+            f"{path} holds Python objects{f' ({found[1]})' if found else ''} beside tensors, which are never executed; "
+            "on a machine where you trust it, save its state dict alone: "
+            "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UnreadableFile(f"{path} is damaged ({error}); download it again") from error

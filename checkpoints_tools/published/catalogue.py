@@ -52,7 +52,7 @@ class Published:
         """Name -> shape of every tensor that is read."""
         found: Shapes = {}
         for name, value in self.table().items():
-            if isinstance(value, Mapping):
+            if isinstance(value, dict):
                 found |= expand({name: value})
             else:
                 found[name] = value
@@ -149,7 +149,7 @@ CATALOGUE: tuple[Published, ...] = (
         "transformer",
         f"alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP {DIT}",
         "bfloat16",
-        lambda: wan.transformer(replace(wan.SMALL, channels=36, images=True)),
+        lambda: wan.transformer(wan.IMAGE_SMALL),
         WRAPPED,
     ),
     Published(

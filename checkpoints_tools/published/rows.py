@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Layer = Mapping[str, Shape]
+Layer = dict[str, Shape]
 
 CHOICE = re.compile(r"<([^<>]*)>")
 

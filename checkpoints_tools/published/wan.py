@@ -29,6 +29,7 @@ class Size:
 
 SMALL = Size(1536, 8960, 30)
 LARGE = Size(5120, 13824, 40)
+IMAGE_SMALL = replace(SMALL, channels=36, images=True)
 IMAGE_LARGE = replace(LARGE, channels=36, images=True)
 
 
@@ -64,7 +65,7 @@ def transformer(size: Size) -> dict[str, Layer]:
 
 
 def speech_to_video(size: Size = LARGE, injections: int = 12, states: int = 25, speech: int = 1024) -> dict[str, Layer]:
-    """Wan2.2-S2V, the base of LiveAvatar: `injections` audio layers, `states` of the speech encoder of width `speech`."""
+    """Wan2.2-S2V, LiveAvatar's base: `injections` audio layers, `states` of a speech encoder of width `speech`."""
     d, encoder, injector = size.dim, "casual_audio_encoder", f"audio_injector.injector.<0-{injections - 1}>"
     return transformer(size) | {
         "cond_encoder": conv(d, 16, *PATCH),
@@ -130,7 +131,7 @@ def liveavatar_lora(rank: int = 128, injections: int = 12) -> dict[str, Layer]:
     return lora(LARGE, rank, default=True) | {f"audio_injector.injector.<0-{injections - 1}>.<q,k,v,o>": pair}
 
 
-def stableavatar(size: Size = replace(SMALL, channels=36, images=True), speech: int = 768) -> dict[str, Layer]:
+def stableavatar(size: Size = IMAGE_SMALL, speech: int = 768) -> dict[str, Layer]:
     """StableAvatar on Wan2.1-Fun-V1.1-1.3B-InP (stableavatar.md, 1.2)."""
     d, adapter = size.dim, "vocal_projector.blocks.<0-1>"
     return transformer(size) | {
@@ -165,7 +166,7 @@ def skyreels_avatar(size: Size = IMAGE_LARGE) -> dict[str, Layer]:
 
 
 def in_diffusers(table: Mapping[str, Layer], keymap: KeyMap = WAN_DIFFUSERS) -> Shapes:
-    """The names of another library for a table whose every tensor it knows; raises KeyError for one that it does not."""
+    """A table in the names of another library; KeyError for a tensor that its key table does not know."""
     found = {}
     for name, shape in expand(table).items():
         renamed = keymap.rename(name)
