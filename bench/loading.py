@@ -2,8 +2,8 @@
 
 Writes random shards of the exact published key set (33 GB of bfloat16 and the LoRA) and reads them once, so that the
 page cache holds them. Then a fresh process a variant loads them with `load_liveavatar`: seconds, host memory (the
-process's own pages, which the page cache is not), device memory. `stream`: reading alone, nothing done to the tensors, by number of
-reader threads. `plain`: the whole bfloat16 model first, then `quantize_linears`, to compare with.
+process's own pages, which the page cache is not), device memory. `stream`: reading alone, nothing done to the tensors,
+by number of reader threads. `plain`: the whole bfloat16 model first, then `quantize_linears`, to compare with.
 Needs only PyTorch and Triton.
 """
 

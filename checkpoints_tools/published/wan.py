@@ -127,7 +127,7 @@ def lora(size: Size, rank: int = 128, default: bool = False) -> dict[str, Layer]
 
 def liveavatar_lora(rank: int = 128, injections: int = 12) -> dict[str, Layer]:
     """`liveavatar.safetensors`: the blocks and the audio injector (liveavatar.md, 1.4)."""
-    pair = {".lora_A.default.weight": (rank, LARGE.dim), ".lora_B.default.weight": (LARGE.dim, rank)}
+    pair: Layer = {".lora_A.default.weight": (rank, LARGE.dim), ".lora_B.default.weight": (LARGE.dim, rank)}
     return lora(LARGE, rank, default=True) | {f"audio_injector.injector.<0-{injections - 1}>.<q,k,v,o>": pair}
 
 
