@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+CACHED = "models--"  # how a repository's folder in the cache begins
 REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 
 
@@ -32,48 +33,52 @@ def locate(checkpoint: str | os.PathLike[str], patterns: Sequence[str] | None = 
 
     A path that exists is taken as it is; so is the folder of a repository in the Hub's cache (`models--owner--name`),
     by its branch `main`. Anything else must be a repository, of which the files that match `patterns` (None: all) are
-    downloaded. `download` False looks into the cache alone. Raises NotFound with the way out.
+    downloaded. `download` False looks into the cache alone and takes what is there. Raises NotFound with the way out.
     """
     path = Path(checkpoint).expanduser()
-    if path.is_dir() and (path / "snapshots").is_dir() and path.name.startswith("models--"):
-        return _cached_snapshot(path)
+    if path.is_dir() and (path / "snapshots").is_dir() and path.name.startswith(CACHED):
+        return _cached_snapshot(path, None)
     if path.exists():
         return path
     name = os.fspath(checkpoint)
     match = REPOSITORY.fullmatch(name)
     if match is None:
         raise NotFound(f"there is no file or folder {name}; pass a path, or a repository of the Hub as owner/name")
-    return _snapshot(match["repo"], match["revision"], patterns, download)
+    if not download:
+        return _cached_snapshot(
+            Path(constants.HF_HUB_CACHE, CACHED + match["repo"].replace("/", "--")), match["revision"]
+        )
+    return _snapshot(match["repo"], match["revision"], patterns)
 
 
-def _cached_snapshot(cache: Path) -> Path:
-    snapshots = sorted(folder for folder in (cache / "snapshots").iterdir() if folder.is_dir())
-    main = cache / "refs" / "main"
-    if main.is_file() and (cache / "snapshots" / main.read_text().strip()) in snapshots:
-        return cache / "snapshots" / main.read_text().strip()
-    if len(snapshots) == 1:
+def _cached_snapshot(cache: Path, revision: str | None) -> Path:
+    """The snapshot of a revision (None: of `main`, or the only one) in a repository's folder of the cache."""
+    folder = cache / "snapshots"
+    snapshots = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    branch = cache / "refs" / (revision or "main")
+    wanted = folder / (branch.read_text().strip() if branch.is_file() else revision or "")
+    if wanted in snapshots:
+        return wanted
+    if len(snapshots) == 1 and revision is None:
         return snapshots[0]
-    raise NotFound(f"{cache} has {len(snapshots)} snapshots and no branch main; pass the folder of one of them")
+    raise NotFound(
+        f"there is no folder {cache.name.removeprefix(CACHED).replace('--', '/')} here, and {cache} has "
+        f"{len(snapshots)} snapshots, none of {revision or 'the branch main'}; nothing was downloaded"
+    )
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Sequence[str] | None, download: bool) -> Path:
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
     told = f"{repo}@{revision}" if revision else repo
     missing = f"there is no folder {told} here"
     try:
-        found = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=list(patterns) if patterns else None,
-            local_files_only=not download or constants.HF_HUB_OFFLINE,
-        )
+        found = snapshot_download(repo, revision=revision, allow_patterns=list(patterns) if patterns else None)
     except LocalEntryNotFoundError as error:
         why = f"{constants.ENDPOINT} could not be reached ({_first_line(error)})"
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
-        elif not download:
-            why = "nothing was downloaded"
+        part = "only a part of" if "incomplete" in str(error) else "no"
         raise NotFound(
-            f"{missing}, the Hub's cache ({constants.HF_HUB_CACHE}) has no {told}, and {why}; "
+            f"{missing}, the Hub's cache ({constants.HF_HUB_CACHE}) has {part} {told}, and {why}; "
             f"run `hf download {repo}` where there is a network and copy the folder, or pass a path"
         ) from error
     except RevisionNotFoundError as error:
