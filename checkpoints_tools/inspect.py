@@ -118,7 +118,8 @@ def _check_count(files: list[Path]) -> None:
         there = {int(found["place"]) for file in files if (found := SHARD.fullmatch(file.name))}
         absent = [str(place) for place in range(1, int(shard["count"]) + 1) if place not in there]
         if absent:
-            raise UnreadableFile(f"{files[0].parent}: of {shard['count']} shards {', '.join(absent)} are not there")
+            what = f"of {int(shard['count'])} shards number {', '.join(absent)} is not there"
+            raise UnreadableFile(f"{files[0].parent}: {what}; download it")
 
 
 def describe(name: str, weights: Weights, match: Match | Adapters | None) -> FileReport:
