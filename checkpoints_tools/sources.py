@@ -1,18 +1,16 @@
 """Weight files opened without reading their tensors: names, dtypes, shapes and places; then tensor by tensor.
 
-Safetensors are read by their place in the file (`os.preadv`: no mapping, so nothing but the bytes asked for is ever in
-memory); `.pth` files are unpickled with `weights_only=True` over a memory map, which holds no bytes either.
+Safetensors are read by their place in the file, without a mapping, so that nothing but the bytes asked for is ever in
+memory; `.pth` files are unpickled with `weights_only=True` over a memory map, which holds no bytes either.
 """
 
 import json
 import mmap
-import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,19 +25,16 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how the two forms of torch.save begin
 
 
 class Weights(Mapping[str, Entry]):
-    """The tensors of one or several files by name. Close it, or use it as a context manager.
+    """The tensors of one or several files by name. No file stays open; as a context manager it forgets its maps.
 
     `map(name)` is the tensor over mapped memory (nothing is copied; do not write to it), `read(name)` a copy of its
     own, `read_into` its raw bytes into memory of yours; all may be called from several threads.
     """
 
-    def __init__(self, path: Path, entries: dict[str, Entry], held: Mapping[str, Tensor] | None = None):
-        self.path = path
+    def __init__(self, entries: dict[str, Entry], held: Mapping[str, Tensor] | None = None):
         self._entries = entries
         self._held = held or {}  # tensors of files that have no plain places
-        self._files: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        self._opening = Lock()
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -57,17 +52,9 @@ class Weights(Mapping[str, Entry]):
         self.close()
 
     def close(self) -> None:
-        """Close the files, which the next use would open again. Mapped tensors stay valid."""
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
+        """Let go of mapped files; tensors over them stay valid."""
         self._maps.clear()
-
-    def _handle(self, file: Path) -> int:
-        with self._opening:
-            if file not in self._files:
-                self._files[file] = os.open(file, os.O_RDONLY)
-            return self._files[file]
+        self._held = {}
 
     @property
     def files(self) -> list[Path]:
@@ -91,7 +78,8 @@ class Weights(Mapping[str, Entry]):
         if entry.count == 0 or entry.offset % entry.dtype.itemsize:
             return self.read(name)
         if entry.file not in self._maps:  # copy-on-write: a stray write never reaches the file
-            self._maps[entry.file] = mmap.mmap(self._handle(entry.file), 0, access=mmap.ACCESS_COPY)
+            with entry.file.open("rb") as file:
+                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         flat = torch.frombuffer(self._maps[entry.file], dtype=entry.dtype, count=entry.count, offset=entry.offset)
         return flat.view(entry.shape)
 
@@ -109,12 +97,14 @@ class Weights(Mapping[str, Entry]):
             held = self._held[name].contiguous().view(-1).view(torch.uint8)
             out.copy_(held[start : start + out.numel()])
             return
-        view, done, handle = memoryview(out.numpy().data), 0, self._handle(entry.file)
-        while done < len(view):
-            got = os.preadv(handle, [view[done:]], entry.offset + start + done)
-            if got == 0:
-                raise UnreadableFile(f"{entry.file} ended inside {name}; it was cut while it was read")
-            done += got
+        view, done = memoryview(out.numpy().data), 0
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset + start)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise UnreadableFile(f"{entry.file} ended inside {name}; it was cut while it was read")
+                done += got
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -128,20 +118,20 @@ def open_weights(path: str | Path) -> Weights:
     if path.name.endswith(INDEX_ENDING):
         return _open_shards(path)
     if path.suffix == ".safetensors":
-        return Weights(path, read_header(path))
+        return Weights(read_header(path))
     if path.suffix in TORCH_ENDINGS:
         state = _load_pickle(path)
-        return Weights(path, {k: Entry(path, v.dtype, tuple(v.shape)) for k, v in state.items()}, state)
+        return Weights({k: Entry(path, v.dtype, tuple(v.shape)) for k, v in state.items()}, state)
     known = ", ".join((".safetensors", INDEX_ENDING, *TORCH_ENDINGS))
     raise UnreadableFile(f"{path}: unknown ending; expected one of {known}")
 
 
 def open_files(paths: list[Path]) -> Weights:
     """The tensors of several files as one, for folders whose files have no index. Raises UnreadableFile."""
-    return _join(paths[0].parent, [open_weights(path) for path in paths])
+    return _join([open_weights(path) for path in paths])
 
 
-def _join(path: Path, parts: list[Weights]) -> Weights:
+def _join(parts: list[Weights]) -> Weights:
     entries: dict[str, Entry] = {}
     held: dict[str, Tensor] = {}
     for part in parts:
@@ -153,7 +143,7 @@ def _join(path: Path, parts: list[Weights]) -> Weights:
             )
         entries.update(part)
         held.update(part._held)
-    return Weights(path, entries, held)
+    return Weights(entries, held)
 
 
 def _open_shards(index: Path) -> Weights:
@@ -168,7 +158,7 @@ def _open_shards(index: Path) -> Weights:
         raise UnreadableFile(
             f"{index} names {len(shards)} shards, of which {_listed(absent)} are not there; download them"
         )
-    weights = _join(index, [open_weights(shard) for shard in shards])
+    weights = _join([open_weights(shard) for shard in shards])
     wrong = [
         f"{key} ({shard})" for key, shard in table.items() if key not in weights or weights[key].file.name != shard
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from kinora.checkpoints_tools.keymaps import (
     wav2vec2_keymap,
 )
 from kinora.checkpoints_tools.keymaps_dit import WAN_DIFFUSERS
+from kinora.checkpoints_tools.keymaps_latentsync import WHISPER as WHISPER_TABLE
+from kinora.checkpoints_tools.keymaps_latentsync import sd_vae_keymap
 from kinora.checkpoints_tools.published.catalogue import CATALOGUE, SYSTEMS
 from kinora.checkpoints_tools.published.identify import Adapters, Match, identify
 from kinora.checkpoints_tools.published.rows import expand, names, tensor
@@ -76,6 +79,17 @@ encoder.blocks.{0..3}.mlp.2 | 384,1536 | 384
 """
 
 
+def old_sd_vae() -> Shapes:
+    """The SD VAE with the names that its middle attention had in 2022 (latentsync.md 2.2)."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    shapes = {}
+    for key, shape in BY_NAME["sd-vae-ft-mse"].shapes.items():
+        for new, name in old.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        shapes[key] = shape
+    return shapes
+
+
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +116,10 @@ def test_speech_tables_are_those_of_the_published_encoders() -> None:
     assert found.pop(None) == CTC["lm_head.bias"]  # the head is not read
     assert found == large.shapes
     assert BY_NAME["Whisper tiny"].shapes == transcribed(WHISPER)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def test_tables_are_those_of_the_libraries_classes() -> None:
@@ -131,7 +149,10 @@ def test_tables_are_those_of_the_libraries_classes() -> None:
         whisper = WhisperModel(tiny).encoder
     for name, module in modules.items():
         assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == BY_NAME[name].shapes, name
-    assert sum(p.numel() for p in whisper.parameters()) == BY_NAME["Whisper tiny"].parameters
+    renamed, unknown = WHISPER_TABLE.apply({k: torch.empty(v, device="meta") for k, v in transcribed(WHISPER).items()})
+    assert not unknown and shapes_of(renamed) == shapes_of(whisper.state_dict())
+    old = {k: torch.empty(v, device="meta") for k, v in old_sd_vae().items()}
+    assert shapes_of(sd_vae_keymap(old=True).apply(old)[0]) == BY_NAME["sd-vae-ft-mse"].shapes
     from kinora.runtime.encoders.umt5 import UMT5_XXL
 
     with torch.device("meta"):
@@ -193,12 +214,7 @@ def test_what_is_wrong_is_listed_by_name(name: str) -> None:
 def test_other_names_of_the_same_tensors() -> None:
     vae = {f"model.{key}": shape for key, shape in listed("wan21_vae").items()}
     lora = {f"base_model.model.{key.replace('.default', '')}": v for key, v in transcribed(LIVEAVATAR_LORA).items()}
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    sd = {}
-    for key, shape in BY_NAME["sd-vae-ft-mse"].shapes.items():
-        for new, name in old.items():
-            key = key.replace(f".{new}.", f".{name}.")
-        sd[key] = shape
+    sd = old_sd_vae()
     assert "encoder.mid_block.attentions.0.query.weight" in sd
     for name, shapes in {
         "Wan2.1 VAE": vae,
@@ -280,7 +296,10 @@ LAYOUTS: dict[str, tuple[Shapes, KeyMap, str, torch.dtype]] = {
     "SkyReels A2V": (skyreels_avatar(), SameNames("SkyReels"), "shards", torch.bfloat16),
     "U-Net": (BY_NAME["LatentSync U-Net"].shapes, SameNames("U-Net"), "state_dict", torch.float32),
     "StableSyncNet": (BY_NAME["StableSyncNet"].shapes, SameNames("SyncNet"), "state_dict", torch.float32),
-    "Whisper": (transcribed(WHISPER), SameNames("Whisper"), "model_state_dict", torch.float16),
+    "Whisper -> transformers": (transcribed(WHISPER), WHISPER_TABLE, "model_state_dict", torch.float16),
+    "SD VAE": (BY_NAME["sd-vae-ft-mse"].shapes, sd_vae_keymap(old=False), "single", torch.float32),
+    "old SD VAE": (old_sd_vae(), sd_vae_keymap(old=True), "single", torch.float32),
+    "SyncNet v2": (BY_NAME["SyncNet v2"].shapes, SameNames("SyncNet"), "", torch.float32),
     "Wan VAE -> diffusers": (listed("wan21_vae"), vae_diffusers_keymap(), "", torch.float32),
     "wrapped Wan VAE": (listed("wan21_vae"), vae_diffusers_keymap(), "model_state", torch.float32),
     "UMT5": (listed("umt5_xxl_encoder"), UMT5, "", torch.bfloat16),
