@@ -2,16 +2,17 @@
 
 Names and shapes are compared first, from the headers alone, so that a file of another model is refused before anything
 is read. Then each tensor is merged in its own dtype, cast, quantised and put in its place while the next one is on its
-way: the host holds reading buffers, the device never more than the finished model and two tensors.
+way: the host holds reading buffers, the device the finished model, two tensors and the float32 work on one of them.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..graphs.quantize import LIVEAVATAR_IGNORE, quantize_linears
+from ..graphs.quantize import LIVEAVATAR_IGNORE, Fp8Linear, quantize_linears
 from ..kernels.fp8_linear import Granularity
 from ..kernels.quantize_rows import quantize_fp8
 from .assign import map_names
@@ -50,7 +51,7 @@ def load_module(
     wanted = _tensors(module)
     map_names(wanted, weights.meta(), keymap)
     if dtype is not None:
-        module.to(dtype)  # costs nothing on the meta device, and FP8 layers remember it
+        module.to(dtype)  # costs nothing on the meta device
     quantised = {f"{name}.weight" for name in quantize_linears(module, fp8.ignore, fp8.granularity)} if fp8 else set()
     changed = quantised | (lora.changed if lora else set())
 
@@ -62,6 +63,8 @@ def load_module(
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         if fp8 and name in quantised:
+            layer = cast(Fp8Linear, module.get_submodule(name.removesuffix(".weight")))
+            layer.dtype = value.dtype  # that of the layer whose place it takes
             value, descale = quantize_fp8(value, fp8.granularity)
             _place(module, f"{name}_descale", descale)
         elif target.type == "cuda" and value.data_ptr() == stored.data_ptr():
@@ -107,8 +110,8 @@ def _divide(
         if keymap.is_unused(name):
             continue
         stored = weights[name].dtype
-        cast = dtype not in (None, stored) and stored.is_floating_point
-        stays = target.type == "cpu" and not cast and not changed.intersection(keymap.rename(name))
+        converted = dtype not in (None, stored) and stored.is_floating_point
+        stays = target.type == "cpu" and not converted and not changed.intersection(keymap.rename(name))
         (as_stored if stays else streamed).append(name)
     return as_stored, streamed
 

@@ -150,6 +150,7 @@ def test_on_the_cpu_what_nothing_changes_stays_mapped(tmp_path: Path, monkeypatc
     with open_weights(tmp_path / "toy.safetensors") as weights:
         load_module(toy, weights, SameNames("toy"), lora=read_lora(lora, weights), fp8=Fp8(ignore=("a",)))
     assert sorted(read) == ["a.weight", "b.weight"]
+    assert isinstance(toy.b, Fp8Linear) and toy.b.dtype == torch.float32
     merged = source.a.weight + lora["a.lora_B.weight"] @ lora["a.lora_A.weight"]
     assert torch.allclose(toy.a.weight, merged) and torch.equal(toy.b.bias, source.b.bias)
 
@@ -218,13 +219,13 @@ def test_quantised_weights_are_within_half_a_step(tmp_path: Path) -> None:
     """e4m3 has 3 bits behind the point: half a step is 1/16 of the value, or 2^-10 of the scale near zero."""
     weight = torch.randn(64, 512) * torch.logspace(-6, 3, 64)[:, None]
     weight[5], weight[6, 0] = 0.0, 1e6
-    save_file({"0.weight": weight, "0.bias": torch.zeros(64)}, tmp_path / "w.safetensors")
+    save_file({"0.weight": weight.double(), "0.bias": torch.zeros(64).double()}, tmp_path / "w.safetensors")
     with torch.device("meta"):
         model = nn.Sequential(Linear(512, 64))
     with open_weights(tmp_path / "w.safetensors") as weights:
         load_module(model, weights, SameNames("one layer"), device=DEVICE, fp8=Fp8())
     layer = model[0]
-    assert isinstance(layer, Fp8Linear)
+    assert isinstance(layer, Fp8Linear) and layer.dtype == torch.float64  # as stored
     descale = layer.weight_descale.cpu()
     back = layer.weight.cpu().float() * descale
     error = (back - weight).abs()
