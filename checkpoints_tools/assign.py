@@ -23,6 +23,28 @@ class KeyMismatch(ValueError):
         super().__init__(f"the weights are not those of the {name}; {'; '.join(parts)}; check which file this is")
 
 
+def map_names(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], keymap: KeyMap) -> dict[str, Tensor]:
+    """`state` in our names, compared with the tensors `wanted` of a module; both may lie on the meta device.
+
+    Parameters that the table calls optional may be absent from the result. Raises KeyMismatch.
+    """
+    mapped, unexpected = keymap.apply(state)
+
+    def published(key: str) -> str:
+        return keymap.original(key) or key
+
+    missing = [published(key) for key in wanted if key not in mapped and key not in keymap.optional]
+    unexpected += [published(key) for key in mapped if key not in wanted]
+    misshaped = [
+        f"{published(key)} {list(value.shape)}, expected {list(wanted[key].shape)}"
+        for key, value in mapped.items()
+        if key in wanted and value.shape != wanted[key].shape
+    ]
+    if missing or unexpected or misshaped:
+        raise KeyMismatch(keymap.name, list(dict.fromkeys(missing)), list(dict.fromkeys(unexpected)), misshaped)
+    return mapped
+
+
 def assign_state(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -36,24 +58,11 @@ def assign_state(
     `state` has published names. Floating tensors are cast to `dtype`, all are moved to `device`. Parameters that the
     table calls optional become zeros when the file lacks them. Raises KeyMismatch; nothing is skipped silently.
     """
-    mapped, unexpected = keymap.apply(state)
     wanted = dict(module.named_parameters())  # a tensor tied under two names counts once
-
-    def published(key: str) -> str:
-        return keymap.original(key) or key
-
+    mapped = map_names(wanted, state, keymap)
     for key in keymap.optional:
         if key in wanted and key not in mapped:
             mapped[key] = torch.zeros(wanted[key].shape)
-    missing = [published(key) for key in wanted if key not in mapped]
-    unexpected += [published(key) for key in mapped if key not in wanted]
-    misshaped = [
-        f"{published(key)} {list(value.shape)}, expected {list(wanted[key].shape)}"
-        for key, value in mapped.items()
-        if key in wanted and value.shape != wanted[key].shape
-    ]
-    if missing or unexpected or misshaped:
-        raise KeyMismatch(keymap.name, list(dict.fromkeys(missing)), list(dict.fromkeys(unexpected)), misshaped)
     for key, value in mapped.items():
         mapped[key] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     module.load_state_dict(mapped, strict=False, assign=True)

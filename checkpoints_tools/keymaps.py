@@ -73,6 +73,13 @@ class KeyMap:
                     return rule.published.format(**match.groupdict())
         return None
 
+    def inverse(self) -> "KeyMap":
+        """The table from ours to the published names, to load files that have ours; ValueError when it splits."""
+        for rule in self.table:
+            if len(rule.ours) > 1 or rule.leading:
+                raise ValueError(f"{self.name}: {rule.published} is split or reshaped; use invert() on a state dict")
+        return KeyMap(f"{self.name}, backwards", tuple(Rule(r.ours[0], (r.published,)) for r in self.table))
+
     def apply(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Published state -> (ours, keys that no rule knows). Unused keys are dropped, tensors are views."""
         mapped: dict[str, Tensor] = {}
@@ -111,6 +118,25 @@ class KeyMap:
                 if self.original(key) is None:  # later parts of a split tensor came with the first
                     raise KeyError(f"{self.name}: the key table does not know {key!r}")
         return published
+
+
+@dataclass(frozen=True)
+class SameNames(KeyMap):
+    """The table of a module that is named like its file."""
+
+    table: tuple[Rule, ...] = ()
+
+    def rename(self, key: str) -> tuple[str, ...]:
+        return () if self.is_unused(key) else (key,)
+
+    def original(self, key: str) -> str | None:
+        return key
+
+    def apply(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        return {key: value for key, value in state.items() if not self.is_unused(key)}, []
+
+    def invert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(state)
 
 
 UMT5 = KeyMap(

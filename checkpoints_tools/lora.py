@@ -1,16 +1,35 @@
 """Merge low-rank adapters into the weights they adapt (liveavatar.md, 1.4).
 
 W' = cast( f32(W) + (alpha / rank) * (f32(B) @ f32(A)) )
+
+`read_lora` understands the names of `lora_names.py`; `Lora.apply` changes one tensor, so that a loader can merge on the
+way; `merge_lora` changes a whole state dict.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .keymaps import KeyMap
+from .lora_names import (
+    ALPHA,
+    DIFFERENCES,
+    FACTORS,
+    OTHER_METHODS,
+    Names,
+    split_ending,
+    without_prefix,
+)
+
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 PREFIX = "base_model.model."
-SUFFIXES = tuple(f".lora_{side}{name}.weight" for side in "AB" for name in (".default", ""))
+PEFT_CONFIG = "adapter_config.json"
 
 
 def is_target(module: str, targets: Sequence[str] = LORA_TARGETS) -> bool:
@@ -20,24 +39,159 @@ def is_target(module: str, targets: Sequence[str] = LORA_TARGETS) -> bool:
 
 def split_lora_key(key: str) -> tuple[str, str] | None:
     """`[base_model.model.]<module>.lora_A[.default].weight` -> (module, "A"); None for any other key."""
-    for suffix in SUFFIXES:
-        if key.endswith(suffix):
-            return key.removeprefix(PREFIX).removesuffix(suffix), suffix[len(".lora_")]
-    return None
+    return split_ending(
+        key.removeprefix(PREFIX), {k: v for k, v in FACTORS.items() if ".lora_A" in k or ".lora_B" in k}
+    )
 
 
-def _pairs(lora: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapters by module and side, and the tensors that are no adapters by parameter name."""
-    adapters: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, value in lora.items():
-        found = split_lora_key(key)
-        if found is None:
-            others[key.removeprefix(PREFIX)] = value
+@dataclass(frozen=True)
+class Scaling:
+    """What the product of the factors is multiplied by where the file itself has no `.alpha`.
+
+    `alpha` None stands for the rank, i.e. a scale of one; `by_root` divides by the root of the rank (rsLoRA);
+    `patterns` gives modules whose path ends in the pattern (a regular expression) an alpha of their own.
+    """
+
+    alpha: float | None = None
+    by_root: bool = False
+    patterns: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, module: str, rank: int) -> float:
+        """alpha / rank of a module."""
+        own = next((a for p, a in self.patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), self.alpha)
+        return 1.0 if own is None else own / (math.sqrt(rank) if self.by_root else rank)
+
+    @classmethod
+    def beside(cls, file: Path) -> "Scaling":
+        """From the `adapter_config.json` in the folder of an adapter file; a scale of one where there is none.
+
+        Raises ValueError for a configuration that is none or that asks for more than LoRA.
+        """
+        path = file.parent / PEFT_CONFIG
+        if not path.is_file():
+            return cls()
+        try:
+            config = json.loads(path.read_text())
+            scaling = cls(
+                float(config["lora_alpha"]),
+                bool(config.get("use_rslora")),
+                {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no configuration of a LoRA ({error!r})") from error
+        if config.get("use_dora"):
+            raise ValueError(f"{path} describes DoRA, which is not merged; merge it with peft's merge_and_unload first")
+        return scaling
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one layer: `a` [rank, inputs], `b` [outputs, rank] (of a convolution: with its kernel)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def delta(self, like: Tensor) -> Tensor:
+        """scale * B @ A in float32, in the shape and on the device of the weight `like`."""
+        product = self.b.to(like.device).float().flatten(1) @ self.a.to(like.device).float().flatten(1)
+        return self.scale * product.view(like.shape)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter file in our names: factors by module; differences and whole tensors by parameter."""
+
+    adapters: dict[str, Adapter]
+    differences: dict[str, Tensor]
+    replaced: dict[str, Tensor]
+
+    @property
+    def changed(self) -> set[str]:
+        """The parameters that `apply` changes."""
+        return {f"{module}.weight" for module in self.adapters} | self.differences.keys() | self.replaced.keys()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of an adapter, 0 without adapters."""
+        return max((adapter.a.shape[0] for adapter in self.adapters.values()), default=0)
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """The parameter `name` after the merge, in its own dtype and on its device; itself when nothing changes it."""
+        if name in self.replaced:
+            weight = self.replaced[name].to(weight)
+        if name in self.differences:
+            weight = (weight.float() + self.differences[name].to(weight.device).float()).to(weight.dtype)
+        adapter = self.adapters.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return weight if adapter is None else (weight.float() + adapter.delta(weight)).to(weight.dtype)
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """ValueError for tensors that do not fit the shapes of the model."""
+        for module, adapter in self.adapters.items():
+            a, b, weight = adapter.a, adapter.b, tuple(shapes[f"{module}.weight"])
+            fits = (b.shape[0], *a.shape[1:]) == weight and math.prod(b.shape[2:]) == 1
+            if not fits or a.shape[0] != b.shape[1]:
+                raise ValueError(f"{module}: lora_B {tuple(b.shape)} @ lora_A {tuple(a.shape)} does not give {weight}")
+        for name, value in [*self.differences.items(), *self.replaced.items()]:
+            if tuple(value.shape) != tuple(shapes[name]):
+                raise ValueError(f"{name}: the LoRA file has {tuple(value.shape)}, the model {tuple(shapes[name])}")
+
+
+def read_lora(
+    state: Mapping[str, Tensor],
+    parameters: Iterable[str],
+    scaling: Scaling | None = None,
+    keymap: KeyMap | None = None,
+    targets: Sequence[str] = (),
+) -> Lora:
+    """The tensors of an adapter file, told in the names of a model with `parameters`; nothing is skipped.
+
+    `keymap`: table from our names to those of another library that the file may use. A `.alpha` in the file decides
+    over `scaling`. KeyError for a layer of `targets` without an adapter, names that the model has not, half a pair of
+    factors, and other methods than LoRA.
+    """
+    known = list(parameters)
+    names, scaling = Names(known, keymap), scaling or Scaling()
+    factors: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    differences: dict[str, Tensor] = {}
+    replaced: dict[str, Tensor] = {}
+    unmatched: set[str] = set()
+    for key, value in state.items():
+        if other := split_ending(key, OTHER_METHODS):
+            raise KeyError(f"{key} belongs to {other[1]}, which is not merged; merge it with the tool that made it")
+        name = without_prefix(key)
+        if found := split_ending(name, FACTORS):
+            if ours := names.find(f"{found[0]}.weight"):
+                factors.setdefault(ours.removesuffix(".weight"), {})[found[1]] = value
+            else:
+                unmatched.add(found[0])
+        elif name.endswith(ALPHA):
+            if ours := names.find(f"{name.removesuffix(ALPHA)}.weight"):
+                alphas[ours.removesuffix(".weight")] = float(value)
+            else:
+                unmatched.add(name.removesuffix(ALPHA))
         else:
-            module, side = found
-            adapters.setdefault(module, {})[side] = value
-    return adapters, others
+            found = split_ending(name, DIFFERENCES)
+            ours = names.find("".join(found)) if found else names.find(name)
+            if ours is None:
+                unmatched.add(name)
+            else:
+                (differences if found else replaced)[ours] = value
+    wanted = {name.removesuffix(".weight") for name in known if name.endswith(".weight")}
+    wanted = {module for module in wanted if is_target(module, targets)}
+    if missing := wanted - factors.keys():
+        raise KeyError(f"{len(missing)} of {len(wanted)} target layers have no LoRA tensors: {_some(missing)}")
+    if unmatched:
+        raise KeyError(f"{len(unmatched)} names of the LoRA file are not in the model: {_some(unmatched)}")
+    if halves := {module for module, sides in factors.items() if len(sides) != 2} | (alphas.keys() - factors.keys()):
+        raise KeyError(f"{len(halves)} layers have only one of lora_A and lora_B: {_some(halves)}")
+    adapters = {}
+    for module, sides in factors.items():
+        rank = sides["A"].shape[0]
+        scale = alphas[module] / rank if module in alphas else scaling.of(module, rank)
+        adapters[module] = Adapter(sides["A"], sides["B"], scale)
+    return Lora(adapters, differences, replaced)
 
 
 def _some(names: set[str]) -> str:
@@ -49,31 +203,18 @@ def _some(names: set[str]) -> str:
 def merge_lora(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Tensor],
-    alpha: float,
+    alpha: float | None,
     targets: Sequence[str] = LORA_TARGETS,
+    keymap: KeyMap | None = None,
 ) -> list[str]:
     """Merge in place into `weights` (a state dict); returns the merged module names.
 
-    The rank is that of the adapter. Tensors of the file that are parameters themselves replace theirs. KeyError when a
-    target has no adapter, an adapter no target, or one of its two factors is missing; ValueError when shapes differ.
+    The rank is that of the adapter; `alpha` None stands for the rank. Tensors of the file that are parameters
+    themselves replace theirs. KeyError when a target has no adapter, an adapter no target, or one of its two factors
+    is missing; ValueError when shapes differ. Nothing is changed then.
     """
-    adapters, others = _pairs(lora)
-    modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
-    wanted = {module for module in modules if is_target(module, targets)}
-    if missing := wanted - adapters.keys():
-        raise KeyError(f"{len(missing)} of {len(wanted)} target layers have no LoRA tensors: {_some(missing)}")
-    if unmatched := {m for m in adapters if f"{m}.weight" not in weights} | {n for n in others if n not in weights}:
-        raise KeyError(f"{len(unmatched)} names of the LoRA file are not in the model: {_some(unmatched)}")
-    if halves := {module for module, sides in adapters.items() if len(sides) != 2}:
-        raise KeyError(f"{len(halves)} layers have only one of lora_A and lora_B: {_some(halves)}")
-    for module, sides in adapters.items():
-        weight, a, b = weights[f"{module}.weight"], sides["A"], sides["B"]
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"{module}: lora_B {tuple(b.shape)} @ lora_A {tuple(a.shape)} does not give {tuple(weight.shape)}"
-            )
-        delta = b.to(weight.device).float() @ a.to(weight.device).float()
-        weight.copy_(weight.float() + (alpha / a.shape[0]) * delta)
-    for name, value in others.items():
-        weights[name].copy_(value)
-    return sorted(adapters)
+    found = read_lora(lora, weights, Scaling(alpha), keymap, targets)
+    found.check({name: value.shape for name, value in weights.items()})
+    for name in found.changed:
+        weights[name].copy_(found.apply(name, weights[name]))
+    return sorted(found.adapters)

@@ -33,7 +33,8 @@ def load(
     placement: str = "auto",
     device: str = "auto",
 ) -> "Avatar":
-    """Load a model by its name (`MODELS`), or a folder that `python -m kinora.train.tiny` wrote.
+    """Load a model by its name (`MODELS`), or a folder: a bundle (docs/bundles.md), which has a precision of its own,
+    or what `python -m kinora.train.tiny` wrote.
 
     - `checkpoint`: the folder of the published files, for models that are not embedded.
     - `precision`: "float32", "bfloat16", or "fp8": bfloat16 with the transformer's linear layers in e4m3, a scale a
@@ -57,18 +58,21 @@ def load(
     target, name = pick_device(device), os.fspath(name_or_path)
     if name == "liveavatar-14b":
         if checkpoint is None:
-            raise CheckpointError(f"{name} is not embedded; pass checkpoint=, the folder of Wan2.2-S2V-14B")
-        folder = Path(checkpoint)
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no folder {folder}; pass the folder of Wan2.2-S2V-14B")
+            raise CheckpointError(
+                f"{name} is not embedded; pass checkpoint=, the folder of Wan2.2-S2V-14B or Wan-AI/Wan2.2-S2V-14B"
+            )
+        from ..checkpoints_tools.load import Fp8
         from .systems.liveavatar_checkpoint import load_published
 
-        return _avatar(name, load_published(folder, dtype or torch.bfloat16, target), precision, placement)
+        fp8 = Fp8() if precision == "fp8" else None  # on the way, so that the device never holds all of bfloat16
+        return _avatar(name, load_published(checkpoint, dtype or torch.bfloat16, target, fp8), "auto", placement)
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"there is no model {name!r}; known are {_names()}, or a folder with a {CONFIG_FILE}")
+        raise InputError(
+            f"there is no model {name!r}; known are {_names()}, a bundle, or a folder with a {CONFIG_FILE}"
+        )
     return _avatar(folder.name, load_embedded(folder, dtype or torch.float32, target), precision, placement)
 
 

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from kinora.checkpoints_tools.keymaps import UMT5
+from kinora.checkpoints_tools.liveavatar import LORA_ALPHA
+from kinora.checkpoints_tools.load import Fp8
 from kinora.checkpoints_tools.lora import is_target
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.models.wan_vae import VaeConfig, WanVae
+from kinora.graphs.quantize import Fp8Linear, quantize_linears
 from kinora.runtime import load
 from kinora.runtime.encoders.umt5 import Umt5Encoder, Umt5Size
 from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size
@@ -114,7 +117,7 @@ def test_lora_is_merged_before_the_cast(folder: Path) -> None:
     lora = load_file(folder / "Live-Avatar" / published.LORA)
     name = "blocks.1.ffn.2"
     a, b = (lora[f"{name}.lora_{side}.default.weight"].float() for side in "AB")
-    merged = (weights[f"{name}.weight"].float() + published.LORA_ALPHA / RANK * (b @ a)).bfloat16()
+    merged = (weights[f"{name}.weight"].float() + LORA_ALPHA / RANK * (b @ a)).bfloat16()
     assert torch.equal(dit.get_submodule(name).weight, merged.float())
     assert torch.equal(dit.head.head.weight, weights["head.head.weight"].float())
 
@@ -139,3 +142,51 @@ def test_a_configuration_that_does_not_fit_is_refused(folder: Path, tmp_path: Pa
     (base / "config.json").write_text(json.dumps(DIT | change))
     with pytest.raises(CheckpointError, match=told):
         load("liveavatar-14b", checkpoint=base, device="cpu")
+
+
+def in_cache(cache: Path, repository: str, files: list[Path]) -> Path:
+    """A repository in a Hub's cache, as huggingface_hub lays it out; returns the snapshot."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("c" * 40)
+    for file in files:
+        (snapshot / file.name).symlink_to(file)
+    return snapshot
+
+
+@pytest.mark.parametrize("place", ["liveavatar.safetensors", "LiveAvatar/liveavatar.safetensors"])
+def test_the_folder_of_the_original_repository(folder: Path, tmp_path: Path, place: str) -> None:
+    """`ckpt/Wan2.2-S2V-14B` beside `ckpt/LiveAvatar`, or the LoRA in `ckpt` itself."""
+    (tmp_path / published.BASE).symlink_to(folder / published.BASE)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).symlink_to(folder / "Live-Avatar" / published.LORA)
+    files = published.locate_files(tmp_path)
+    assert not files.missing and files.lora is not None and files.lora.samefile(tmp_path / place)
+
+
+def test_repositories_in_the_hubs_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = in_cache(tmp_path, published.BASE_REPOSITORY, list((folder / published.BASE).iterdir()))
+    with pytest.raises(CheckpointError, match=r"LoRA of LiveAvatar cannot be had.*HF_HUB_OFFLINE is set"):
+        load("liveavatar-14b", checkpoint=published.BASE_REPOSITORY, device="cpu")
+    with pytest.raises(CheckpointError, match=r"lacks liveavatar\.safetensors"):
+        load("liveavatar-14b", checkpoint=base, device="cpu")
+    in_cache(tmp_path, published.LORA_REPOSITORY, [folder / "Live-Avatar" / published.LORA])
+    for checkpoint in (published.BASE_REPOSITORY, f"{published.BASE_REPOSITORY}@main", base, base.parents[1]):
+        avatar = load("liveavatar-14b", checkpoint=checkpoint, device="cpu", precision="bfloat16")
+        assert avatar.system.dit.dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"has no Wan-AI/Wan2\.2-S2V-14B@other"):
+        load("liveavatar-14b", checkpoint=f"{published.BASE_REPOSITORY}@other", device="cpu")
+
+
+def test_layers_are_quantised_while_they_are_read(folder: Path) -> None:
+    """The same bits as quantising the whole model afterwards, in the recipe of a row and an output channel."""
+    system = published.load_published(folder, torch.bfloat16, torch.device("cpu"), Fp8())
+    whole = published.load_published(folder, torch.bfloat16, torch.device("cpu")).dit
+    replaced = quantize_linears(whole, granularity="row")
+    assert "blocks.0.self_attn.q" in replaced and isinstance(system.dit.blocks[0].self_attn.q, Fp8Linear)
+    state = whole.state_dict()
+    assert state.keys() == system.dit.state_dict().keys()
+    assert all(torch.equal(v.view(torch.uint8), state[k].view(torch.uint8)) for k, v in system.dit.state_dict().items())

@@ -17,11 +17,13 @@ from .compile import compile
 from .face import face
 from .generate import generate
 from .info import info
+from .inspect import inspect
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command()(generate)
 app.command()(face)
 app.command()(info)
+app.command()(inspect)
 app.command()(compile)
 app.command(context_settings=PASS_ON)(bench)
 

@@ -20,7 +20,8 @@ def generate(
         str, typer.Option(help="[bold]tiny[/] (embedded), [bold]liveavatar-14b[/], or the folder of a trained model.")
     ] = "tiny",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder of the published files; for models that are not embedded.")
+        Path | None,
+        typer.Option(help="For models that are not embedded: folder of the published files, or owner/name on the Hub."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the scene shows; tiny takes no words.")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 0,

@@ -1,4 +1,4 @@
-"""Checkpoint errors of the encoders, in one place: which file, what was wrong, what to do."""
+"""Weight files opened for a model, with errors in one place: which file, what was wrong, what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,31 @@ from pathlib import Path
 from torch import Tensor
 
 from ...checkpoints_tools.assign import KeyMismatch
-from ...checkpoints_tools.read import UnreadableFile, read_state
+from ...checkpoints_tools.read import UnreadableFile
+from ...checkpoints_tools.sources import Weights, open_weights
 from ..errors import CheckpointError
 
 
 @contextmanager
-def read_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
-    """The state dict of a file; trouble while reading or assigning it becomes a CheckpointError that names the file."""
+def open_checkpoint(path: str | Path) -> Iterator[Weights]:
+    """A weight file or an index of shards, open while it is loaded from.
+
+    Trouble while reading or assigning it becomes a CheckpointError that names the file.
+    """
     try:
-        yield read_state(path)
+        with open_weights(path) as weights:
+            yield weights
     except UnreadableFile as error:
         raise CheckpointError(str(error)) from error
     except KeyMismatch as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def read_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
+    """The state dict of a file, mapped; errors as `open_checkpoint`."""
+    with open_checkpoint(path) as weights:
+        yield {name: weights.map(name) for name in weights}
 
 
 def find_weights(folder: str | Path) -> Path:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ...checkpoints_tools.assign import assign_state
 from ...checkpoints_tools.keymaps import UMT5
+from ...checkpoints_tools.load import load_module
 from .half_precision import rounded_once
-from .loading import read_checkpoint
+from .loading import open_checkpoint
 
 FP16_HEADROOM = 1000.0
 
@@ -111,8 +111,8 @@ class Umt5Encoder(nn.Module):
         """
         with torch.device("meta"):
             encoder = cls(size)
-        with read_checkpoint(checkpoint) as state:
-            assign_state(encoder.model, state, UMT5, dtype=dtype, device=device)
+        with open_checkpoint(checkpoint) as weights:
+            load_module(encoder.model, weights, UMT5, dtype=dtype, device=device)
         return encoder
 
     @torch.no_grad()

@@ -32,12 +32,8 @@ def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> Liv
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing)}; train with `python -m kinora.train.tiny` or reinstall"
         )
+    config, dit, vae, speech = read_config(folder / CONFIG_FILE)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with torch.device("meta"):
-            dit = LiveAvatar(LiveAvatarConfig(**_dit_values(config["dit"])))
-            vae = WanVae(VaeConfig(**_tuples(config["vae"])))
-            speech = SpeechFrontEnd(SpeechConfig(**config["speech"]))
         mode = GenerationMode(**_mode_values(config["mode"]))
         height, width = config["size"]
     except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
@@ -60,6 +56,19 @@ def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> Liv
         audio_features=lambda mode: SpeechFeatures(speech, mode.block_frames, device),
         size=(height, width),
     )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], LiveAvatar, WanVae, SpeechFrontEnd]:
+    """A model's `config.json`, and its networks on the meta device. Raises CheckpointError for another file."""
+    try:
+        config = json.loads(path.read_text())
+        with torch.device("meta"):
+            dit = LiveAvatar(LiveAvatarConfig(**_dit_values(config["dit"])))
+            vae = WanVae(VaeConfig(**_tuples(config["vae"])))
+            speech = SpeechFrontEnd(SpeechConfig(**config["speech"]))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is no configuration of this model: {error!r}") from error
+    return config, dit, vae, speech
 
 
 def _mode_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """The published LiveAvatar: the folder of Wan2.2-S2V-14B and the distilled LoRA (liveavatar.md, 1)."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ...checkpoints_tools.lora import merge_lora
+from ...checkpoints_tools.assign import KeyMismatch
+from ...checkpoints_tools.liveavatar import LoraMismatch, load_liveavatar
+from ...checkpoints_tools.load import Fp8
+from ...checkpoints_tools.locate import NotFound, locate
+from ...checkpoints_tools.read import UnreadableFile
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WanVae, infer_config
 from ..encoders.live_audio import LiveAudioFeatures, LiveWindow
@@ -19,15 +24,19 @@ from .liveavatar_mode import STREAM, GenerationMode
 from .weights import assign_weights, read_weights
 
 BASE = "Wan2.2-S2V-14B"
+BASE_REPOSITORY = f"Wan-AI/{BASE}"
+LORA_REPOSITORY = "Quark-Vision/Live-Avatar"
 TEXT_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 VAE_WEIGHTS = "Wan2.1_VAE.pth"
 SPEECH = "wav2vec2-large-xlsr-53-english"
 DIT_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 LORA = "liveavatar.safetensors"
-LORA_FOLDERS = (".", "..", "Live-Avatar", "../Live-Avatar")
-LORA_ALPHA = 64.0
+LORA_FOLDERS = (".", "..", "Live-Avatar", "../Live-Avatar", "LiveAvatar", "../LiveAvatar")
 SIZE_AREA = 704 * 384
+NEEDED = ("config.json", DIT_INDEX, TEXT_WEIGHTS, TOKENIZER, VAE_WEIGHTS, SPEECH)
+PATTERNS = ("config.json", "diffusion_pytorch_model*", TEXT_WEIGHTS, f"{TOKENIZER}/*", VAE_WEIGHTS, f"{SPEECH}/*")
+"""What is downloaded of the repository."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +49,61 @@ class PublishedFiles:
 
 
 def find_files(checkpoint: Path) -> PublishedFiles:
-    """Look for the files in a folder laid out as `load_published` takes it; nothing is opened."""
+    """Look for the files in a folder laid out as `load_published` takes it; nothing is opened or downloaded."""
     base = checkpoint / BASE if (checkpoint / BASE).is_dir() else checkpoint
     lora = next((base / place / LORA for place in LORA_FOLDERS if (base / place / LORA).is_file()), None)
-    needed = ["config.json", DIT_INDEX, TEXT_WEIGHTS, TOKENIZER, VAE_WEIGHTS, SPEECH]
-    missing = [name for name in needed if not (base / name).exists()] + ([] if lora else [LORA])
+    lora = lora or _lora_of_hub(download=False)
+    missing = [name for name in NEEDED if not (base / name).exists()] + ([] if lora else [LORA])
     return PublishedFiles(base, lora, tuple(missing))
 
 
-def load_published(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> LiveAvatarSystem:
+def locate_files(checkpoint: str | os.PathLike[str]) -> PublishedFiles:
+    """The files that `checkpoint` means: a folder, or a repository of the Hub with this layout (`locate`).
+
+    What a repository needs is downloaded, the LoRA's own repository included; into a folder of yours nothing is.
+    Raises CheckpointError when it is neither.
+    """
+    try:
+        folder = locate(checkpoint, PATTERNS)
+    except NotFound as error:
+        raise CheckpointError(f"{error}; liveavatar-14b takes the folder of {BASE}, or {BASE_REPOSITORY}") from error
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; pass the folder of {BASE}, which holds {', '.join(NEEDED)}")
+    files = find_files(folder)
+    if files.lora is None and not Path(checkpoint).expanduser().exists():
+        files = PublishedFiles(files.base, _lora_of_hub(download=True), tuple(n for n in files.missing if n != LORA))
+    return files
+
+
+def _lora_of_hub(download: bool) -> Path | None:
+    """The LoRA in the Hub's cache, or downloaded into it."""
+    try:
+        file = locate(LORA_REPOSITORY, [LORA], download=download) / LORA
+    except NotFound as error:
+        if download:
+            raise CheckpointError(f"the LoRA of LiveAvatar cannot be had: {error}") from error
+        return None
+    return file if file.is_file() else None
+
+
+def load_published(
+    checkpoint: str | os.PathLike[str], dtype: torch.dtype, device: torch.device, fp8: Fp8 | None = None
+) -> LiveAvatarSystem:
     """The system of a folder laid out like `Wan-AI/Wan2.2-S2V-14B`, or of a folder that holds it under that name.
 
-    `liveavatar.safetensors` (of `Quark-Vision/Live-Avatar`) lies in it, beside it, or in a folder `Live-Avatar` there.
+    `checkpoint` is such a folder or a repository of the Hub (`locate_files`). `liveavatar.safetensors` (of
+    `Quark-Vision/Live-Avatar`) lies in it, beside it, in a folder `Live-Avatar` or `LiveAvatar` there, or in the Hub's
+    cache. `fp8`: which linear layers of the transformer are quantised while it is read, None for none.
     Raises CheckpointError that lists everything that is missing, or the file and keys that do not fit.
     """
-    files = find_files(checkpoint)
+    files = locate_files(checkpoint)
     base, lora, missing = files.base, files.lora, files.missing
     if missing or lora is None:
         raise CheckpointError(
-            f"{base} lacks {', '.join(missing)}; download Wan-AI/{BASE}, and {LORA} of Quark-Vision/Live-Avatar into it"
+            f"{base} lacks {', '.join(missing)}; download {BASE_REPOSITORY}, and {LORA} of {LORA_REPOSITORY} into it"
         )
     speech = Wav2Vec2Encoder.load(base / SPEECH, dtype=dtype, device=device)
-    dit = _load_dit(base, lora, speech.size.states, dtype, device)
+    dit = _load_transformer(base, lora, speech.size.states, dtype, device, fp8)
     vae = _load_vae(base / VAE_WEIGHTS, dtype, device)
     text = TextEncoder.load(base / TEXT_WEIGHTS, base / TOKENIZER, UMT5_XXL, dtype=torch.bfloat16, device=device)
 
@@ -85,18 +127,21 @@ def _load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     return vae.set_precision(FLOAT32 if dtype == torch.float32 else BF16_AUTOCAST)
 
 
-def _load_dit(base: Path, lora: Path, states: int, dtype: torch.dtype, device: torch.device) -> LiveAvatar:
-    """The transformer with the LoRA merged into its weights, in their own dtype, before any cast."""
+def _load_transformer(
+    base: Path, lora: Path, states: int, dtype: torch.dtype, device: torch.device, fp8: Fp8 | None = None
+) -> LiveAvatar:
+    """The transformer in folder `base`, the LoRA merged into its weights in their own dtype, before cast and `fp8`.
+
+    `states`: hidden states of the speech encoder. Raises CheckpointError.
+    """
     try:
         config = LiveAvatarConfig.from_published(json.loads((base / "config.json").read_text()), audio_layers=states)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{base / 'config.json'}: {error}") from error
-    with torch.device("meta"):
-        dit = LiveAvatar(config)
-    weights = read_weights(base / DIT_INDEX)
+    index = base / DIT_INDEX
     try:
-        merge_lora(weights, read_weights(lora), LORA_ALPHA)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{lora} does not fit {base}: {error.args[0]}") from error
-    assign_weights(dit, weights, base / DIT_INDEX, "LiveAvatar transformer", dtype, device)
-    return dit
+        return load_liveavatar(index, lora, config, dtype=dtype, device=device, fp8=fp8)
+    except KeyMismatch as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    except (UnreadableFile, LoraMismatch) as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,151 @@
+"""`kinora inspect`: what files are, from their headers alone; what is wrong with them, by name."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from kinora.checkpoints_tools.inspect import inspect_path
+from kinora.checkpoints_tools.read import UnreadableFile
+from kinora.runtime.cli import main
+from published_keys import LIVEAVATAR, LIVEAVATAR_LORA, Shapes, listed, transcribed
+from safetensors.torch import save_file
+
+SPEECH, VAE, TEXT = "wav2vec2_large_xlsr_53_english_ctc", "wan21_vae", "umt5_xxl_encoder"
+SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+
+
+def sparse(path: Path, shapes: Shapes, dtype: str = "BF16", short: int = 0) -> Path:
+    """A safetensors file of the real shapes that takes no disk; `short` bytes are missing at its end."""
+    table, end = {}, 0
+    for name, shape in shapes.items():
+        size = SIZES[dtype] * torch.Size(shape).numel()
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(table).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + end - short)
+    return path
+
+
+def sharded(folder: Path, shapes: Shapes, parts: int = 4, index: bool = True) -> None:
+    keys, table = list(shapes), {}
+    for part in range(parts):
+        file = f"diffusion_pytorch_model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        sparse(folder / file, {key: shapes[key] for key in keys[part::parts]})
+        table |= dict.fromkeys(keys[part::parts], file)
+    if index:
+        path = folder / "diffusion_pytorch_model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": table}))
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no cell of the table is folded."""
+    monkeypatch.setenv("COLUMNS", "220")
+
+
+@pytest.fixture(scope="module")
+def liveavatar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the published LiveAvatar: every tensor of its real shape, in files without content."""
+    root = tmp_path_factory.mktemp("published") / "Wan2.2-S2V-14B"
+    sharded(root, transcribed(LIVEAVATAR))
+    sparse(root / "Live-Avatar" / "liveavatar.safetensors", transcribed(LIVEAVATAR_LORA))
+    sparse(root / "models_t5.safetensors", listed(TEXT))
+    sparse(root / "vae.safetensors", listed(VAE), "F32")
+    sparse(root / "wav2vec2-large-xlsr-53-english" / "model.safetensors", listed(SPEECH), "F32")
+    (root / "config.json").write_text("{}")
+    (root / ".cache").mkdir()
+    (root / ".cache" / "part.safetensors").write_bytes(b"")
+    return root
+
+
+def test_a_whole_checkpoint(liveavatar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspect_path(liveavatar)
+    assert report.complete and report.systems == {"LiveAvatar": ()}
+    assert {file.part: (file.parameters, file.shards) for file in report.files} == {
+        "Wan2.2-S2V-14B": (16_295_755_609, 4),
+        "LiveAvatar LoRA": (676_331_520, 1),
+        "UMT5-XXL encoder": (5_680_910_336, 1),
+        "Wan2.1 VAE": (126_892_531, 1),
+        "wav2vec2-large-xlsr-53": (315_472_545, 1),
+    }
+    assert report.files[0].dtypes == {torch.bfloat16: 1260} and report.files[0].bytes == 2 * 16_295_755_609
+    assert main(["inspect", str(liveavatar)]) == 0
+    out = capsys.readouterr().out
+    assert "16.296 B" in out and "LiveAvatar: every part is here" in out
+
+
+def test_what_is_wrong_is_printed_and_leaves_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = transcribed(LIVEAVATAR)
+    for key in [key for key in shapes if key.startswith("blocks.39.")]:
+        del shapes[key]
+    shapes["head.head.bias"] = (63,)
+    sparse(tmp_path / "model.safetensors", shapes | {"step": (1,)})
+    sparse(tmp_path / "vae.safetensors", listed(VAE), "F32", short=1000)
+    save_file({"hello": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "27 missing: blocks.39.modulation" in out and "(--full lists all)" in out
+    assert "1 unexpected: step" in out and "head.head.bias [63], expected [64]" in out
+    assert "1,000 bytes are missing at its end" in out and "no checkpoint that is known" in out
+    assert "LiveAvatar: lacks LiveAvatar LoRA, UMT5-XXL encoder, Wan2.1 VAE, wav2vec2-large-xlsr-53" in out
+    assert main(["inspect", str(tmp_path / "model.safetensors"), "--full"]) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "blocks.39.ffn.2.bias" in out and "--full lists all" not in out
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    sharded(tmp_path, transcribed(LIVEAVATAR), parts=3, index=False)
+    (report,) = inspect_path(tmp_path).files
+    assert report.complete and report.shards == 3 and report.name == "diffusion_pytorch_model.safetensors"
+    (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    (report,) = inspect_path(tmp_path).files
+    assert "of 3 shards number 2 is not there" in report.trouble
+
+
+def test_precision_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sparse(tmp_path / "vae.safetensors", listed(VAE), "F8_E4M3")
+    (report,) = inspect_path(path).files
+    assert report.precision == "float8_e4m3fn x 194" and report.complete
+    assert main(["inspect", str(path)]) == 0
+    assert "0.127 B" in capsys.readouterr().out
+
+
+def test_pickles_are_looked_at_and_never_run(tmp_path: Path) -> None:
+    state = {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in list(listed(VAE).items())[:150]}
+    torch.save(state, tmp_path / "vae.pth")
+    torch.save({"w": torch.ones(1), "hook": print}, tmp_path / "code.pt")
+    torch.save({"lr": 1}, tmp_path / "optimizer.pt")  # what a trainer keeps beside the weights
+    code, vae = inspect_path(tmp_path).files
+    assert "never executed" in code.trouble
+    assert vae.part == "Wan2.1 VAE" and len(vae.missing) == 44
+
+
+def test_the_embedded_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from kinora.runtime.load import TINY_FOLDER
+    from safetensors.torch import load_file
+
+    assert main(["inspect", "tiny"]) == 0
+    assert "a small LiveAvatar" in " ".join(capsys.readouterr().out.split())
+    state = load_file(TINY_FOLDER / "tiny.safetensors")
+    lost = next(iter(state))
+    del state[lost]
+    save_file(state, tmp_path / "tiny.safetensors")
+    (tmp_path / "config.json").write_text((TINY_FOLDER / "config.json").read_text())
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert f"1 missing: {lost}" in capsys.readouterr().out
+
+
+def test_places_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnreadableFile, match="holds no weight files"):
+        inspect_path(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "holds no weight files" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "no")]) == 2
+    assert "there is no file or folder" in capsys.readouterr().err
+    assert main(["inspect", "Nobody/Nothing"]) == 2
+    assert "nothing was downloaded" in capsys.readouterr().err
