@@ -17,7 +17,9 @@ from .captured_vae import CapturedDecoder, CapturedEncoder, CapturedVae
 from .pool import IdlePool
 from .single import SingleDevice
 
-IDLE_ENGINES = 1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB (docs/performance.md)
+IDLE_ENGINES = (
+    1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB (docs/performance.md)
+)
 
 
 @dataclass
