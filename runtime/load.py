@@ -32,10 +32,11 @@ def load(
     placement: str = "auto",
     device: str = "auto",
 ) -> "Avatar":
-    """Load a model by its name (`MODELS`), or a folder that `python -m kinora.train.tiny` wrote.
+    """Load a model by its name (`MODELS`), or a folder: a bundle, or what `python -m kinora.train.tiny` wrote.
 
     - `checkpoint`: the folder of the published files, for models that are not embedded.
-    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
+    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models, bfloat16 for the published ones, and
+      the precision of a bundle for a bundle.
     - `placement`: "single" (all on one device); "auto" chooses it.
     - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
 
@@ -46,6 +47,7 @@ def load(
     _check_choice("placement", placement, PLACEMENTS)
     import torch
 
+    from ..checkpoints_tools.bundle.read import is_bundle
     from .avatar import Avatar
     from .systems.embedded import CONFIG_FILE, load_embedded
 
@@ -63,8 +65,14 @@ def load(
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
+    if is_bundle(folder):
+        from .systems.bundle import load_bundle
+
+        return Avatar(folder.resolve().name, load_bundle(folder, precision, target))
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"there is no model {name!r}; known are {_names()}, or a folder with a {CONFIG_FILE}")
+        raise InputError(
+            f"there is no model {name!r}; known are {_names()}, a folder with a {CONFIG_FILE}, or a bundle"
+        )
     return Avatar(folder.name, load_embedded(folder, dtype or torch.float32, target))
 
 

@@ -98,7 +98,7 @@ def _copy(path: Path, pieces: list[Piece], targets: dict[str, Tensor], device: t
 
 def fill(descriptor: int, buffer: Tensor, piece: Piece, path: Path) -> None:
     """Read a piece of a file into the beginning of `buffer`. Raises BundleError when the file ends before it does."""
-    target, done = memoryview(buffer.numpy())[: piece.end - piece.start], 0
+    target, done = buffer.numpy().data[: piece.end - piece.start], 0
     while done < len(target):
         try:
             count = os.preadv(descriptor, [target[done:]], piece.start + done)

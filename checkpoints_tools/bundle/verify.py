@@ -37,7 +37,7 @@ class Verification:
 
 
 def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = None) -> Verification:
-    """Read every byte of a bundle and check it; `source`: part -> key -> tensor that it should have been made of.
+    """Read every byte of a bundle and check it; `source`: part -> key -> tensor that parts should have been made of.
 
     A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR.
     """
@@ -61,8 +61,8 @@ def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = N
         used = {name.removeprefix(f"{file.part}.") for name in scales.values()}
         for key in used & tensors.keys():
             found.need(bool((tensors[key] > 0).all()), f"{file.part}.{key} has scales that are not positive")
-        if source is not None:
-            _compare(file.part, tensors, scales, used, source.get(file.part, {}), found)
+        if source is not None and file.part in source:
+            _compare(file.part, tensors, scales, used, source[file.part], found)
     return found
 
 
@@ -116,7 +116,7 @@ def _check_header(path: Path, file: FileRecord, records: Mapping[str, TensorReco
 
 def _check_bytes(file: FileRecord, records: Mapping[str, TensorRecord], data: Tensor, found: Verification) -> None:
     """CRC-32 of the header and of each tensor; what lies between them is zero."""
-    raw = memoryview(data.numpy())
+    raw = data.numpy().data
     found.need(zlib.crc32(raw[: file.data_offset]) == file.checksum, f"{file.name}: its header was damaged")
     end = file.data_offset
     for key, record in records.items():

@@ -117,14 +117,15 @@ def _write_part(
     numbers = {place.key: first + i for i, place in enumerate(places)}
     records: list[TensorRecord] = []
     digest, end = hashlib.sha256(), 0
-    with open(folder / f"{part}{WEIGHTS_ENDING}", "wb") as file, ThreadPoolExecutor(3) as pool:
+    with open(folder / f"{part}{WEIGHTS_ENDING}", "wb") as file, ThreadPoolExecutor(2) as pool:
 
         def write(data: bytes | memoryview) -> int:
             """Write and hash at once -> CRC-32; each of the three lets the others run."""
-            hashed, written, crc = (pool.submit(act, data) for act in (digest.update, file.write, zlib.crc32))
-            hashed.result()
-            written.result()
-            return crc.result()
+            others = [pool.submit(digest.update, data), pool.submit(file.write, data)]
+            crc = zlib.crc32(data)
+            for other in others:
+                other.result()
+            return crc
 
         header_crc = write(header)
         for place in places:
@@ -145,7 +146,7 @@ def _write_part(
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on any device, row-major."""
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def file_sha256(path: Path) -> str:

@@ -185,6 +185,9 @@ typedef struct kinora__record {
     uint64_t shape[KINORA_MAX_RANK];
 } kinora__record;
 
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
 static kinora_status kinora__fail(kinora_error *error, kinora_status status, const char *format, ...) {
     va_list values;
     if (error) {
@@ -266,7 +269,7 @@ static kinora_status kinora__map(const char *path, uint64_t largest, kinora__mem
     int file = open(path, O_RDONLY | O_NONBLOCK);
     if (file < 0) return kinora__fail(error, KINORA_CANNOT_READ, "%.180s cannot be opened", path);
     if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size <= 0 ||
-        (uint64_t)about.st_size > largest || (uint64_t)about.st_size > (size_t)-1) {
+        (uint64_t)about.st_size > largest || (uint64_t)(size_t)about.st_size != (uint64_t)about.st_size) {
         close(file);
         return kinora__fail(error, KINORA_CANNOT_READ, "%.180s is empty, too large, or no file", path);
     }
