@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _write_part(
 
         def write(data: bytes | memoryview) -> int:
             """Write and hash at once -> CRC-32; each of the three lets the others run."""
-            others = [pool.submit(digest.update, data), pool.submit(file.write, data)]
+            others: list[Future[Any]] = [pool.submit(digest.update, data), pool.submit(file.write, data)]
             crc = zlib.crc32(data)
             for other in others:
                 other.result()

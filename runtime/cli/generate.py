@@ -33,7 +33,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write; ends with .mp4.")],
     model: Annotated[
         str,
-        typer.Option(help="[bold]tiny[/] (embedded), [bold]liveavatar-14b[/], or a folder: a trained model, a bundle."),
+        typer.Option(help="[bold]tiny[/] (embedded), [bold]liveavatar-14b[/], or a folder: trained, or a bundle."),
     ] = "tiny",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of the published files; for models that are not embedded.")

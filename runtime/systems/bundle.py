@@ -35,10 +35,10 @@ def load_bundle(folder: Path, precision: str, device: torch.device) -> LiveAvata
     with _explained(folder):
         bundle = Bundle.open(folder)
         manifest = bundle.manifest
-        if precision not in ("auto", manifest["precision"]):
-            raise InputError(
-                f"{folder} holds {manifest['precision']} weights; export another bundle for precision {precision!r}"
-            )
+        held = str(manifest["precision"])
+    if precision not in ("auto", held):
+        raise InputError(f"{folder} holds {held} weights; export another bundle for precision {precision!r}")
+    with _explained(folder):
         if manifest["architecture"] != "liveavatar":
             raise CheckpointError(f"{folder} holds {manifest['architecture']!r}, which this version cannot run")
         sections = manifest["parts"]
@@ -62,12 +62,8 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except BundleError as error:
         raise CheckpointError(str(error)) from error
-    except InputError:
-        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST_FILE} does not describe a model: {error!r}; copy it again"
-        ) from error
+        raise CheckpointError(f"{folder / MANIFEST_FILE} describes no model ({error!r}); copy it again") from error
 
 
 def _dit(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> LiveAvatar:
