@@ -469,3 +469,16 @@ def test_bad_input_is_one_line(
 def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a bundle already"):
         export_bundle(bundle, tmp_path / "b")
+
+
+def test_the_benchmark_loads_what_it_wrote(tmp_path: Path) -> None:
+    """On the CPU, with the embedded model, in the process of its own that the GPU gets too."""
+    from kinora.bench.bundles import main as bench
+
+    out = tmp_path / "bundles.json"
+    assert bench(["--model", "tiny", "--device", "cpu", "--folder", str(tmp_path / "b"), "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    loaded = report["load"]
+    assert loaded["equal_to_the_files"] and loaded["finite"] and len(loaded["seconds"]) == 3
+    assert loaded["parts_seconds"].keys() == {"dit", "vae", "speech", "text"}
+    assert loaded["bytes"] < report["write"]["bytes"] and left(tmp_path) == ["bundles.json"]
