@@ -1,6 +1,7 @@
 """Bundles of whole models: written whole or not at all, loaded bit for bit, verified, refused when they are damaged."""
 
 import json
+import random
 import resource
 import shutil
 import subprocess
@@ -384,6 +385,9 @@ def test_a_bundle_of_another_model_is_found(bundle: Path, tmp_path: Path) -> Non
         lambda m: m["parts"]["dit"].update(dtype="sin"),
         lambda m: m["parts"]["dit"]["config"].update(dim="many"),
         lambda m: m["parts"]["dit"]["config"].update(num_heads=7),
+        lambda m: m["parts"]["dit"]["config"].update(num_heads=0),
+        lambda m: m["parts"]["dit"]["config"].update(num_layers=2**40),
+        lambda m: m["parts"]["vae"]["config"].update(temporal_downsample=[False, True, 2**70]),
         lambda m: m["parts"]["dit"]["fp8"]["layers"].append("no.such.layer"),
         lambda m: m["parts"]["dit"].update(fp8=None),
         lambda m: m["parts"]["vae"].update(precision="int3"),
@@ -402,6 +406,37 @@ def test_a_manifest_that_describes_no_model_is_refused(change: Callable[[dict], 
     with pytest.raises(CheckpointError) as caught:
         load(copy, device="cpu")
     assert str(copy) in str(caught.value)
+
+
+def places(value: object, here: tuple = ()) -> list[tuple]:
+    """Where the values of a manifest stand."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [here] * bool(here) + [place for key, item in inside for place in places(item, (*here, key))]
+
+
+def test_hostile_manifests_never_crash(bundle: Path, copy: Path) -> None:
+    """Values of any kind anywhere: the model loads, or an error says why not; verifying answers in either case."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    rng, refused = random.Random(0), 0
+    everywhere = [place for place in places(manifest) if place[0] != "sources"]
+    hostile = [None, True, -1, 0, 3, 2.5, 2**70, "", "x", "../../x", "\0", "\ud800", [], [1], {}, {"a": 1}, "0" * 5000]
+    for _ in range(60):
+        damaged = json.loads(json.dumps(manifest))
+        *above, last = rng.choice(everywhere)
+        inside = damaged
+        for key in above:
+            inside = inside[key]
+        inside[last] = rng.choice(hostile)
+        (copy / "manifest.json").write_text(json.dumps(damaged))
+        try:
+            load(copy, device="cpu")
+        except (CheckpointError, InputError) as error:
+            refused += bool(str(error))
+        try:
+            verify_bundle(copy)
+        except CheckpointError as error:
+            assert str(copy) in str(error)
+    assert refused > 15
 
 
 def test_missing_and_other_weights_are_listed(model: Path, tmp_path: Path) -> None:

@@ -74,25 +74,24 @@ def _check_hashes(bundle: Bundle, found: Verification) -> None:
         return
     for file in bundle.index.files:
         found.need(file.name in listed, f"the manifest does not list {file.name}")
-    plain = {name: entry for name, entry in listed.items() if _inside(bundle.folder, name)}
-    found.problems += [f"the manifest lists {name!r}, outside of the bundle" for name in listed.keys() - plain.keys()]
+    with ThreadPoolExecutor(4) as pool:
+        found.problems += filter(None, pool.map(lambda item: _check_hash(bundle.folder, *item), listed.items()))
 
-    def check(item: tuple[str, Any]) -> str:
-        name, entry = item
-        path = bundle.folder / name
+
+def _check_hash(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What is wrong with a file that the manifest lists, or nothing."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            return f"the manifest lists {name!r}, outside of the bundle"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry.get("size"):
             return f"{name} has {path.stat().st_size} bytes, the manifest says {entry.get('size')}"
         same = file_sha256(path) == entry.get("sha256")
         return "" if same else f"{name} has another SHA-256 than the manifest says"
-
-    with ThreadPoolExecutor(4) as pool:
-        found.problems += filter(None, pool.map(check, plain.items()))
-
-
-def _inside(folder: Path, name: str) -> bool:
-    return "\0" not in name and (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError) as error:  # a name that no file can have, or a disk that fails
+        return f"the manifest lists {name!r}, which cannot be read ({error})"
 
 
 def _check_header(path: Path, file: FileRecord, records: Mapping[str, TensorRecord], found: Verification) -> None:

@@ -18,12 +18,14 @@ from ...graphs.models.wan_vae import VaeConfig, WanVae
 from ...graphs.quantize import Fp8Linear
 from ..errors import CheckpointError, InputError
 from .bundle_parts import TOKENIZER, VAE_PRECISIONS, weights_of
-from .config_values import from_json
+from .config_values import from_json, to_json
 from .front_ends import FixedPrompt, SmallSpeech
 from .liveavatar import LiveAvatarSystem
 from .liveavatar_mode import GenerationMode
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+LARGEST = 1 << 20  # no side of a module is larger
 
 
 def load_bundle(folder: Path, precision: str, device: torch.device) -> LiveAvatarSystem:
@@ -62,13 +64,34 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except BundleError as error:
         raise CheckpointError(str(error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / MANIFEST_FILE} describes no model ({error!r}); copy it again") from error
 
 
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Modules made inside have no memory. Raises ValueError for sizes that no module can have."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"no model has such sizes: {error}") from error
+
+
+def _config(kind: type[T], section: Mapping[str, Any], bundle: Bundle, part: str) -> T:
+    """The sizes of a part. Raises ValueError for those that its tensors cannot have, before anything is built."""
+    config, tensors = from_json(kind, section["config"]), len(bundle.records(part))
+    for name, value in to_json(config).items():
+        most = tensors if "layers" in name or "blocks" in name else LARGEST
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number > most for number in numbers):
+            raise ValueError(f"{part} with {name} = {value} has not {tensors} tensors")
+    return config
+
+
 def _dit(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> LiveAvatar:
-    with torch.device("meta"):
-        dit = LiveAvatar(from_json(LiveAvatarConfig, section["config"])).to(_dtype(section))
+    with _on_meta():
+        dit = LiveAvatar(_config(LiveAvatarConfig, section, bundle, "dit")).to(_dtype(section))
         for name in section["fp8"]["layers"] if section["fp8"] else ():
             parent, _, leaf = name.rpartition(".")
             layer = Fp8Linear(dit.get_submodule(name), section["fp8"]["granularity"])  # type: ignore[arg-type]
@@ -77,23 +100,23 @@ def _dit(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> Li
 
 
 def _vae(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> WanVae:
-    with torch.device("meta"):
-        vae = WanVae(from_json(VaeConfig, section["config"]), VAE_PRECISIONS[section["precision"]])
+    with _on_meta():
+        vae = WanVae(_config(VaeConfig, section, bundle, "vae"), VAE_PRECISIONS[section["precision"]])
     return _filled(vae, bundle, "vae", device)
 
 
 def _speech(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> Any:
     if section["kind"] == "small":
-        with torch.device("meta"):
-            front_end = SpeechFrontEnd(from_json(SpeechConfig, section["config"])).to(_dtype(section))
+        with _on_meta():
+            front_end = SpeechFrontEnd(_config(SpeechConfig, section, bundle, "speech")).to(_dtype(section))
         return SmallSpeech(_filled(front_end, bundle, "speech", device), device)
     if section["kind"] != "wav2vec2":
         raise ValueError(f"speech encoder {section['kind']!r} is not known")
     from ..encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size
     from .encoder_front_ends import Wav2Vec2Speech
 
-    with torch.device("meta"):
-        encoder = Wav2Vec2Encoder(from_json(Wav2Vec2Size, section["config"])).to(_dtype(section))
+    with _on_meta():
+        encoder = Wav2Vec2Encoder(_config(Wav2Vec2Size, section, bundle, "speech")).to(_dtype(section))
     _filled(encoder.model, bundle, "speech", device)
     return Wav2Vec2Speech(encoder)
 
@@ -108,8 +131,8 @@ def _text(bundle: Bundle, section: Mapping[str, Any], device: torch.device) -> A
     from .encoder_front_ends import EncodedPrompt
 
     words = TextTokenizer(bundle.folder / TOKENIZER)
-    with torch.device("meta"):
-        encoder = Umt5Encoder(from_json(Umt5Size, section["config"])).to(_dtype(section))
+    with _on_meta():
+        encoder = Umt5Encoder(_config(Umt5Size, section, bundle, "text")).to(_dtype(section))
     _filled(encoder.model, bundle, "text", device)
     return EncodedPrompt(TextEncoder(words, encoder))
 
