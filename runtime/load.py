@@ -32,11 +32,11 @@ def load(
     placement: str = "auto",
     device: str = "auto",
 ) -> "Avatar":
-    """Load a model by its name (`MODELS`), or a folder: a bundle, or what `python -m kinora.train.tiny` wrote.
+    """Load a model by its name (`MODELS`), or a folder: a bundle, which has a precision of its own (docs/bundles.md), or
+    what `python -m kinora.train.tiny` wrote.
 
     - `checkpoint`: the folder of the published files, for models that are not embedded.
-    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models, bfloat16 for the published ones, and
-      the precision of a bundle for a bundle.
+    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
     - `placement`: "single" (all on one device); "auto" chooses it.
     - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
 
@@ -71,7 +71,7 @@ def load(
         return Avatar(folder.resolve().name, load_bundle(folder, precision, target))
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
         raise InputError(
-            f"there is no model {name!r}; known are {_names()}, a folder with a {CONFIG_FILE}, or a bundle"
+            f"there is no model {name!r}; known are {_names()}, a bundle, or a folder with a {CONFIG_FILE}"
         )
     return Avatar(folder.name, load_embedded(folder, dtype or torch.float32, target))
 
