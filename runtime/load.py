@@ -32,8 +32,8 @@ def load(
     placement: str = "auto",
     device: str = "auto",
 ) -> "Avatar":
-    """Load a model by its name (`MODELS`), or a folder: a bundle, which has a precision of its own (docs/bundles.md), or
-    what `python -m kinora.train.tiny` wrote.
+    """Load a model by its name (`MODELS`), or a folder: a bundle (docs/bundles.md), which has a precision of its own,
+    or what `python -m kinora.train.tiny` wrote.
 
     - `checkpoint`: the folder of the published files, for models that are not embedded.
     - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
