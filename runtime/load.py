@@ -51,6 +51,7 @@ def load(
     _check_choice("placement", placement, PLACEMENTS)
     import torch
 
+    from ..checkpoints_tools.bundle.read import is_bundle
     from .systems.embedded import CONFIG_FILE, load_embedded
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -69,6 +70,10 @@ def load(
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
+    if is_bundle(folder):
+        from .systems.bundle import load_bundle
+
+        return _avatar(folder.resolve().name, load_bundle(folder, precision, target), "auto", placement)
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
         raise InputError(
             f"there is no model {name!r}; known are {_names()}, a bundle, or a folder with a {CONFIG_FILE}"

@@ -39,7 +39,7 @@ def test_the_wheel_holds_packages_and_assets(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"kinora/{path.relative_to(ROOT)}" for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
     assets = {f"kinora/{path.relative_to(ROOT)}" for path in (ROOT / "runtime/assets").rglob("*") if path.is_file()}
-    assets.add("kinora/runtime/assets/some/model/weights.bin")
+    assets |= {"kinora/runtime/assets/some/model/weights.bin", "kinora/checkpoints_tools/c/kinora_bundle.h"}
     assert len(modules) > 50
     assert sorted((modules | assets) - held) == []
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"kinora"}

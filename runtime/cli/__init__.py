@@ -13,6 +13,7 @@ import typer
 
 from ..errors import KinoraError
 from .bench import PASS_ON, bench
+from .bundle import bundle
 from .compile import compile
 from .face import face
 from .generate import generate
@@ -26,6 +27,7 @@ app.command()(info)
 app.command()(inspect)
 app.command()(compile)
 app.command(context_settings=PASS_ON)(bench)
+app.add_typer(bundle, name="bundle")
 
 
 def _print_version(wanted: bool) -> None:

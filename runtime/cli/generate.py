@@ -17,7 +17,8 @@ def generate(
     audio: Annotated[Path, typer.Option("--audio", "-a", help="The voice: any sound file, or a video with sound.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write; ends with .mp4.")],
     model: Annotated[
-        str, typer.Option(help="[bold]tiny[/] (embedded), [bold]liveavatar-14b[/], or the folder of a trained model.")
+        str,
+        typer.Option(help="[bold]tiny[/] (embedded), [bold]liveavatar-14b[/], or a folder: trained, or a bundle."),
     ] = "tiny",
     checkpoint: Annotated[
         Path | None,

@@ -5,7 +5,6 @@
 """
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.speech import SpeechConfig, SpeechFrontEnd
 from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, VaeConfig, WanVae
 from ..errors import CheckpointError, InputError
-from .audio_features import SpeechFeatures
+from .config_values import from_json
+from .front_ends import FixedPrompt, SmallSpeech
 from .liveavatar import LiveAvatarSystem
-from .liveavatar_mode import Decoding, GenerationMode, Resink
+from .liveavatar_mode import GenerationMode
 from .weights import assign_weights, read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "tiny.safetensors"
-ENUMS: dict[str, type[Enum]] = {"resink": Resink, "decoding": Decoding}
 
 
 def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> LiveAvatarSystem:
@@ -34,7 +33,7 @@ def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> Liv
         )
     config, dit, vae, speech = read_config(folder / CONFIG_FILE)
     try:
-        mode = GenerationMode(**_mode_values(config["mode"]))
+        mode = from_json(GenerationMode, config["mode"])
         height, width = config["size"]
     except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is no configuration of this model: {error!r}") from error
@@ -52,8 +51,8 @@ def load_embedded(folder: Path, dtype: torch.dtype, device: torch.device) -> Liv
         dit,
         vae,
         mode,
-        encode_prompt=lambda _: prompt,
-        audio_features=lambda mode: SpeechFeatures(speech, mode.block_frames, device),
+        encode_prompt=FixedPrompt(prompt),
+        audio_features=SmallSpeech(speech, device),
         size=(height, width),
     )
 
@@ -63,24 +62,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], LiveAvatar, WanVae, SpeechF
     try:
         config = json.loads(path.read_text())
         with torch.device("meta"):
-            dit = LiveAvatar(LiveAvatarConfig(**_dit_values(config["dit"])))
-            vae = WanVae(VaeConfig(**_tuples(config["vae"])))
-            speech = SpeechFrontEnd(SpeechConfig(**config["speech"]))
+            dit = LiveAvatar(from_json(LiveAvatarConfig, config["dit"]))
+            vae = WanVae(from_json(VaeConfig, config["vae"]))
+            speech = SpeechFrontEnd(from_json(SpeechConfig, config["speech"]))
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is no configuration of this model: {error!r}") from error
     return config, dit, vae, speech
-
-
-def _mode_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `GenerationMode`, enumerations by their value."""
-    return {key: ENUMS[key](value) if key in ENUMS else value for key, value in values.items()}
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _dit_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `LiveAvatarConfig`, the dtype by its name."""
-    named = {"rope_dtype": getattr(torch, values["rope_dtype"])} if "rope_dtype" in values else {}
-    return _tuples(values) | named

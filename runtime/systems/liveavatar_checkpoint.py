@@ -14,13 +14,13 @@ from ...checkpoints_tools.locate import NotFound, locate
 from ...checkpoints_tools.read import UnreadableFile
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WanVae, infer_config
-from ..encoders.live_audio import LiveAudioFeatures, LiveWindow
 from ..encoders.text import TextEncoder
 from ..encoders.umt5 import UMT5_XXL
 from ..encoders.wav2vec import Wav2Vec2Encoder
 from ..errors import CheckpointError
+from .encoder_front_ends import EncodedPrompt, Wav2Vec2Speech
 from .liveavatar import LiveAvatarSystem
-from .liveavatar_mode import STREAM, GenerationMode
+from .liveavatar_mode import STREAM
 from .weights import assign_weights, read_weights
 
 BASE = "Wan2.2-S2V-14B"
@@ -107,11 +107,8 @@ def load_published(
     vae = _load_vae(base / VAE_WEIGHTS, dtype, device)
     text = TextEncoder.load(base / TEXT_WEIGHTS, base / TOKENIZER, UMT5_XXL, dtype=torch.bfloat16, device=device)
 
-    def audio_features(mode: GenerationMode) -> LiveAudioFeatures:
-        return LiveAudioFeatures.of_wav2vec2(speech, LiveWindow(hop_frames=mode.block_frames, fps=mode.fps))
-
     return LiveAvatarSystem(
-        dit, vae, STREAM, lambda prompt: text([prompt])[0], audio_features, size=None, max_area=SIZE_AREA
+        dit, vae, STREAM, EncodedPrompt(text), Wav2Vec2Speech(speech), size=None, max_area=SIZE_AREA
     )
 
 

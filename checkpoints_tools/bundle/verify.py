@@ -1,0 +1,176 @@
+"""Is a bundle what it says it is: hashes, checksums, the index against the weight files, finite values, noise."""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .format import BundleError, FileRecord, TensorRecord
+from .layout import PAD
+from .read import Bundle, map_file, view
+from .write import file_sha256
+
+LEAST_SQNR = 20.0  # dB; e4m3 with a scale a channel gives about 31 on weights that are normally distributed
+NUMBERS_AT_ONCE = 1 << 24
+
+
+@dataclass
+class Verification:
+    """What was found: `problems` in words, and in dB how far each quantised tensor is from the source's."""
+
+    tensors: int = 0
+    size: int = 0
+    problems: list[str] = field(default_factory=list)
+    sqnr: dict[str, float] = field(default_factory=dict)
+
+    def need(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+
+
+def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = None) -> Verification:
+    """Read every byte of a bundle and check it; `source`: part -> key -> tensor that parts should have been made of.
+
+    A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR.
+    """
+    found = Verification()
+    _check_hashes(bundle, found)
+    for file in bundle.index.files:
+        records = bundle.records(file.part)
+        found.tensors += len(records)
+        found.size += file.size
+        try:
+            data = map_file(bundle.folder, file)
+            _check_header(bundle.folder / file.name, file, records, found)
+        except BundleError as error:
+            found.problems.append(str(error))
+            continue
+        _check_bytes(file, records, data, found)
+        tensors = {key: view(data, record) for key, record in records.items()}
+        scales = {key: bundle.index.tensors[r.scale].name for key, r in records.items() if r.scale is not None}
+        for key, tensor in tensors.items():
+            _check_values(f"{file.part}.{key}", tensor, found)
+        used = {name.removeprefix(f"{file.part}.") for name in scales.values()}
+        for key in used & tensors.keys():
+            found.need(bool((tensors[key] > 0).all()), f"{file.part}.{key} has scales that are not positive")
+        if source is not None and file.part in source:
+            _compare(file.part, tensors, scales, used, source[file.part], found)
+    return found
+
+
+def _check_hashes(bundle: Bundle, found: Verification) -> None:
+    """Sizes and SHA-256 of the manifest, in parallel."""
+    listed = bundle.manifest.get("files")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        found.problems.append("the manifest lists no files")
+        return
+    for file in bundle.index.files:
+        found.need(file.name in listed, f"the manifest does not list {file.name}")
+    with ThreadPoolExecutor(4) as pool:
+        found.problems += filter(None, pool.map(lambda item: _check_hash(bundle.folder, *item), listed.items()))
+
+
+def _check_hash(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What is wrong with a file that the manifest lists, or nothing."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            return f"the manifest lists {name!r}, outside of the bundle"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("size"):
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {entry.get('size')}"
+        same = file_sha256(path) == entry.get("sha256")
+        return "" if same else f"{name} has another SHA-256 than the manifest says"
+    except (OSError, ValueError) as error:  # a name that no file can have, or a disk that fails
+        return f"the manifest lists {name!r}, which cannot be read ({error})"
+
+
+def _check_header(path: Path, file: FileRecord, records: Mapping[str, TensorRecord], found: Verification) -> None:
+    """The library opens the file, and its header says what the index says."""
+    try:
+        with safe_open(path, "pt") as opened:
+            keys = [key for key in opened.keys() if not key.startswith(PAD)]  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        found.problems.append(f"{file.name} is no safetensors file ({error})")
+        return
+    found.need(sorted(keys) == sorted(records), f"{file.name} and the index list other tensors")
+    with open(path, "rb") as raw:
+        header = json.loads(raw.read(file.data_offset)[8:])
+    for key in keys:
+        if key in records:
+            record, said = records[key], header[key]
+            here = [record.offset - file.data_offset, record.end - file.data_offset]
+            same = (said["dtype"], said["shape"], said["data_offsets"]) == (record.dtype.name, [*record.shape], here)
+            found.need(same, f"{file.name}: the header and the index differ in {key}")
+
+
+def _check_bytes(file: FileRecord, records: Mapping[str, TensorRecord], data: Tensor, found: Verification) -> None:
+    """CRC-32 of the header and of each tensor; what lies between them is zero."""
+    raw = data.numpy().data
+    found.need(zlib.crc32(raw[: file.data_offset]) == file.checksum, f"{file.name}: its header was damaged")
+    end = file.data_offset
+    for key, record in records.items():
+        found.need(not any(raw[end : record.offset]), f"{file.name}: bytes before {key} are not zero")
+        found.need(zlib.crc32(raw[record.offset : record.end]) == record.checksum, f"{file.part}.{key} was damaged")
+        end = record.end
+    found.need(end == file.size, f"{file.name}: bytes behind the last tensor")
+
+
+def _pieces(tensor: Tensor) -> Iterator[slice]:
+    """Slices of the first axis with a bounded number of values."""
+    step = max(1, NUMBERS_AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+
+
+def _check_values(name: str, tensor: Tensor, found: Verification) -> None:
+    if tensor.is_floating_point():
+        rows = tensor if tensor.ndim else tensor[None]
+        finite = all(bool(torch.isfinite(rows[piece].float()).all()) for piece in _pieces(rows))
+        found.need(finite, f"{name} holds NaN or infinite values")
+
+
+def _compare(
+    part: str,
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, str],
+    used: set[str],
+    source: Mapping[str, Tensor],
+    found: Verification,
+) -> None:
+    """The tensors of a part with those that it was made of."""
+    expected, held = set(source), set(tensors) - used
+    if expected != held:
+        differing = ", ".join(sorted(expected ^ held)[:6])
+        found.problems.append(f"{part}: the source and the bundle have other tensors ({differing})")
+    for key in [key for key in tensors if key in expected & held]:
+        ours, theirs = tensors[key], source[key].cpu()
+        if ours.shape != theirs.shape:
+            found.problems.append(f"{part}.{key} has shape {list(ours.shape)}, the source {list(theirs.shape)}")
+        elif key in scales:
+            noise = sqnr(ours, tensors[scales[key].removeprefix(f"{part}.")], theirs)
+            found.sqnr[f"{part}.{key}"] = noise
+            found.need(noise >= LEAST_SQNR, f"{part}.{key} is {noise:.1f} dB from the source, below {LEAST_SQNR:g}")
+        else:
+            found.need(ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"{part}.{key} is not the source's")
+
+
+def sqnr(quantised: Tensor, scale: Tensor, original: Tensor) -> float:
+    """Signal to quantisation noise in dB of a weight [N, ...] with scales [1] or [N, 1]; infinite when it is exact."""
+    signal = noise = 0.0
+    for piece in _pieces(original):
+        factor = scale if scale.numel() == 1 else scale[piece].reshape(-1, *(1,) * (original.ndim - 1))
+        wide = original[piece].float()
+        signal += float(wide.double().square().sum())
+        noise += float((quantised[piece].float() * factor - wide).double().square().sum())
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

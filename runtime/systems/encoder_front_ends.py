@@ -1,0 +1,33 @@
+"""The published encoders of words and sound, as values that know their models; see `front_ends`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..encoders.live_audio import LiveAudioFeatures, LiveWindow
+from ..encoders.wav2vec import Wav2Vec2Encoder
+from .liveavatar_mode import GenerationMode
+
+if TYPE_CHECKING:
+    from ..encoders.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """UMT5 rows [n, text_dim] of a prompt."""
+
+    encoder: "TextEncoder"
+
+    def __call__(self, prompt: str) -> Tensor:
+        return self.encoder([prompt])[0]
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Speech:
+    """All hidden states of a wav2vec 2.0."""
+
+    encoder: Wav2Vec2Encoder
+
+    def __call__(self, mode: GenerationMode) -> LiveAudioFeatures:
+        return LiveAudioFeatures.of_wav2vec2(self.encoder, LiveWindow(hop_frames=mode.block_frames, fps=mode.fps))
