@@ -14,6 +14,7 @@ import typer
 from ..errors import KinoraError
 from .bench import PASS_ON, bench
 from .compile import compile
+from .export import app as export
 from .face import face
 from .generate import generate
 from .info import info
@@ -23,6 +24,7 @@ app.command()(generate)
 app.command()(face)
 app.command()(info)
 app.command()(compile)
+app.add_typer(export, name="export")
 app.command(context_settings=PASS_ON)(bench)
 
 
