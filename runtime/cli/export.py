@@ -1,7 +1,7 @@
 """`kinora export`: a model for programs that are not Python."""
 
 import shutil
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,7 @@ Checkpoint = Annotated[
 ]
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     """Which packages to write."""
 
     step = "step"
@@ -33,7 +33,7 @@ class Part(str, Enum):
     all = "all"
 
 
-class Type(str, Enum):
+class Type(StrEnum):
     """How a GGUF file keeps matrices."""
 
     bf16 = "bf16"
