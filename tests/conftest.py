@@ -29,6 +29,7 @@ def pytest_configure() -> None:
     """Share the cores among the workers of pytest-xdist; alone, use them all."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also for a GPU's convolutions
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,14 @@ def test_causal_convolution_and_its_gradients(case: Case, kernel_device: torch.d
     results = []
     for run in (ops.causal_conv3d, causal_conv3d.reference):
         y = run(**given)
-        results.append((y, *torch.autograd.grad((y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum(), live)))
+        results.append(
+            (
+                y,
+                *torch.autograd.grad(
+                    (y * torch.linspace(-1, 2, y.numel(), device=kernel_device).view_as(y)).sum(), live
+                ),
+            )
+        )
     for computed, expected in zip(*results, strict=True):
         assert computed.shape == expected.shape
         assert relative(computed, expected) < case.tolerance
