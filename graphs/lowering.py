@@ -1,8 +1,9 @@
 """A program without `kinora::` ops, as an exporter needs it: each op becomes what it does.
 
 An op registered with PyTorch is opaque, and a C++ program does not have it. While `Lowered` runs, a call of such an op
-runs the op's own body in its place, so a tracer records the body: plain ATen calls on a CPU. Two references read a
-length on the host, which no exported graph can; they have forms of their own here, whose shapes are fixed.
+runs the op's own body in its place, so a tracer records the body: plain ATen calls on a CPU, launches of Triton kernels
+on a GPU (`kernels.launch`), which the compiler then packages. Two references read a length on the host, which no
+exported graph can; they have forms of their own here, whose shapes are fixed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from ..kernels import attention_forward
 from ..kernels.causal_conv3d import reference as causal_conv3d
 from ..kernels.dispatch import triton_runs, using
 from ..kernels.launch import traced_launches
@@ -114,5 +116,9 @@ IN_ATEN: dict[str, Body] = {
 }
 """Ops whose plain body reads a value on the host -> the same without."""
 
-IN_TRITON: dict[str, Body] = {"kinora::causal_conv3d": causal_conv3d}
-"""Ops whose kernel cannot be traced -> what the library has: PyTorch cannot trace the TMA descriptors of our kernel."""
+IN_TRITON: dict[str, Body] = {
+    "kinora::causal_conv3d": causal_conv3d,
+    "kinora::rope_attention": attention_forward.forward,
+}
+"""Ops whose body cannot be traced as it is -> what an exported graph does instead: PyTorch cannot trace the TMA
+descriptors of our convolution, so the library convolves; and the libraries of attention are not all for C++."""

@@ -4,9 +4,11 @@
 
 PyTorch traces launches of Triton kernels whose arguments are tensors and plain numbers. Ours take tuples too, and
 leave arguments out (None). So a traced launch goes through a small kernel made for it (`flattened`), which takes the
-tensors alone and calls the real one with everything else written into its source:
+tensors and whole numbers one by one, and calls the real one with the rest written into its source:
 
-    def rows_kernel_3(t0, t1, t2): _rows_kernel((t0, t1), (t2, None), ..., 3168, 1e-06, ...)
+    def rows_kernel_3(t0, t1, t2, n0): _rows_kernel((t0, t1), (t2, None), ..., n0, 1e-06, ..., HEADS=8)
+
+Numbers that a launch passes at run time stay so: as constants they would make another kernel, with other loops.
 """
 
 import itertools
@@ -50,38 +52,40 @@ class _Traced:
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             options = {name: kwargs.pop(name) for name in list(kwargs) if name not in self.kernel.arg_names}
-            flat, tensors = flattened(self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
-            torch.library.wrap_triton(flat)[tuple(grid)](**tensors, **options)
+            flat, values = flattened(self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
+            torch.library.wrap_triton(flat)[tuple(grid)](**values, **options)
 
         return launch
 
 
-def flattened(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """A kernel that takes the tensors among `arguments` (by the kernel's own names), and these by its names.
+def flattened(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor | int]]:
+    """A kernel that takes the tensors and numbers among `arguments` (by the kernel's own names), and these by its names.
 
-    Equal launches share one kernel. TypeError for an argument that is neither a tensor, a number, a dtype, None, nor
-    a tuple of such.
+    Launches that differ in them alone share one kernel. TypeError for an argument that is neither a tensor, a number, a
+    dtype, None, nor a tuple of such.
     """
-    tensors: dict[str, Tensor] = {}
-    call = ", ".join(f"{name}={_written(name, value, tensors)}" for name, value in arguments.items())
+    values: dict[str, Tensor | int] = {}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    call = ", ".join(f"{name}={_written(name, value, values, name in constant)}" for name, value in arguments.items())
     key = (kernel, call)
     if key not in _known:
-        _known[key] = _kernel(kernel, list(tensors), call)
-    return _known[key], tensors
+        _known[key] = _kernel(kernel, list(values), call)
+    return _known[key], values
 
 
-def _written(name: str, value: Any, tensors: dict[str, Tensor]) -> str:
-    """`value` as Triton source; tensors become parameters."""
-    if isinstance(value, Tensor):
-        tensors[f"t{len(tensors)}"] = value
-        return f"t{len(tensors) - 1}"
+def _written(name: str, value: Any, values: dict[str, Tensor | int], constant: bool) -> str:
+    """`value` as Triton source; tensors, and numbers that are not constant, become parameters."""
     if isinstance(value, tuple | torch.Size):
-        return "(" + "".join(f"{_written(name, part, tensors)}, " for part in value) + ")"
+        return "(" + "".join(f"{_written(name, part, values, constant)}, " for part in value) + ")"
     if isinstance(value, tl.dtype):
         return "tl." + repr(value).rpartition(".")[2]
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    raise TypeError(f"argument {name} is {value!r}, which no traced launch can take; it takes tensors and numbers")
+    if value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and (constant or value == 1)):
+        return repr(value)  # Triton makes a constant of 1 in any launch
+    if not isinstance(value, Tensor | int):
+        raise TypeError(f"argument {name} is {value!r}, which no traced launch can take; it takes tensors and numbers")
+    parameter = f"{'t' if isinstance(value, Tensor) else 'n'}{len(values)}"
+    values[parameter] = value
+    return parameter
 
 
 def _kernel(kernel: Any, parameters: Sequence[str], call: str) -> Any:

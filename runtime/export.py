@@ -29,8 +29,6 @@ from .systems.liveavatar_step import BlockInputs
 
 PARTS = ("step", "decode")
 STREAM_FILE = "stream.pt"
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""Largest relative L2 error of a package against PyTorch after all blocks of the stream, by the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -157,20 +155,29 @@ def export(
 ) -> dict[str, float]:
     """Write the packages and the stream into `folder` and run them; the relative L2 error of each part.
 
-    Errors: RuntimeError when a package does not compute what PyTorch does, within `TOLERANCE`.
+    Errors: RuntimeError when a package does not compute what PyTorch does, within `tolerance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream.save(folder / STREAM_FILE)
-    errors = {}
+    errors, limit = {}, tolerance(system)
     for name in parts:
         tell(f"compiling {name}")
         path = package(traced(system, stream, name), folder / f"{name}.pt2")
         tell(f"checking {name}")
         errors[name] = verify(system, stream, name, path)
-        limit = TOLERANCE[system.dit.dtype]
         if not errors[name] <= limit:
             raise RuntimeError(f"{path} differs from PyTorch by {errors[name]:.1e} (limit {limit:.0e}); do not use it")
     return errors
+
+
+def tolerance(system: LiveAvatarSystem) -> float:
+    """Largest relative L2 error of a package against PyTorch after several blocks of a stream.
+
+    Convolutions of float32 may run in TF32 on a GPU, and another layout then rounds elsewhere.
+    """
+    if system.dit.dtype != torch.float32:
+        return 5e-2
+    return 1e-5 if system.dit.device.type == "cpu" else 5e-3
 
 
 @torch.no_grad()
