@@ -1,9 +1,9 @@
 """`python -m kinora.bench.exported`: AOTInductor packages on this machine's GPU, run from C++.
 
-Exports `tiny`, and two layers of LiveAvatar 14B with the whole video VAE (random weights, 704 x 384, bfloat16), with the
-Triton ops inside; builds `examples/cpp` with CMake, or with the compiler alone where CMake finds no CUDA toolkit; runs
-the program on each folder. Prints what it made of each: kernels in the package, relative errors against PyTorch, and
-the program's own report with its times. `--device cpu` tries the script itself on `tiny`.
+Exports `tiny`, and two layers of LiveAvatar 14B with the whole video VAE (random weights, 704 x 384, bfloat16), with
+the Triton ops inside; builds `examples/cpp` with CMake, or with the compiler alone where CMake finds no CUDA toolkit;
+runs the program on each folder. Prints what it made of each: kernels in the package, relative errors against PyTorch,
+and the program's own report with its times. `--device cpu` tries the script itself on `tiny`.
 """
 
 import argparse
@@ -89,10 +89,11 @@ def build(device: torch.device, folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     program = folder / "kinora_stream"
     if shutil.which("cmake"):
-        configure = ["cmake", "-S", SOURCE, "-B", folder, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+        prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+        configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), prefix]
         made = [subprocess.run(configure, capture_output=True, text=True, check=False)]
         if made[0].returncode == 0:
-            made.append(subprocess.run(["cmake", "--build", folder], capture_output=True, text=True, check=False))
+            made.append(subprocess.run(["cmake", "--build", str(folder)], capture_output=True, text=True, check=False))
         if made[-1].returncode == 0:
             print("built with CMake")
             return program
@@ -129,7 +130,7 @@ def run_case(name: str, make: Callable[[], Case], device: torch.device, program:
         seconds = time.perf_counter() - started
         counts = {part: kernels(Path(folder) / f"{part}.pt2") for part in errors}
         print(f"exported in {seconds:.0f} s; relative errors from Python {errors}; (ours, all) Triton kernels {counts}")
-        command = [program, folder, device.type, str(limit)]
+        command = [str(program), folder, device.type, str(limit)]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     print(ran.stdout, ran.stderr, f"exit code {ran.returncode}", flush=True)
     return {

@@ -66,8 +66,8 @@ def write_gguf(
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if kind == "bf16" else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in sizes.items():
-        writer.add_uint32(f"{architecture}.{key}", value)
+    for key, size in sizes.items():
+        writer.add_uint32(f"{architecture}.{key}", size)
     writer.add_string("kinora.config", json.dumps(dict(config)))
     types = {key: gguf.GGMLQuantizationType[storage(key, value.shape, kind, keep)] for key, value in state.items()}
     for key, value in state.items():

@@ -104,8 +104,8 @@ def rope_attention(
     ]
     if any(n is not None for n in lengths):
         mask = torch.cat(seen)[None].expand(q.shape[1], -1)
-    heads = [x.to(dtype).float().transpose(1, 2) for x in (q, k, torch.cat(list(values), 1))]
-    out = F.scaled_dot_product_attention(*heads, mask)
+    q32, k32, v32 = (x.to(dtype).float().transpose(1, 2) for x in (q, k, torch.cat(list(values), 1)))
+    out = F.scaled_dot_product_attention(q32, k32, v32, mask)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return out.transpose(1, 2).to(dtype).to(q.dtype).contiguous(), lse
 

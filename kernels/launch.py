@@ -59,13 +59,13 @@ class _Traced:
 
 
 def flattened(kernel: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor | int]]:
-    """A kernel that takes the tensors and numbers among `arguments` (by the kernel's own names), and these by its names.
+    """A kernel that takes the tensors and numbers among `arguments` (by the kernel's names), and these by its own.
 
     Launches that differ in them alone share one kernel. TypeError for an argument that is neither a tensor, a number, a
     dtype, None, nor a tuple of such.
     """
     values: dict[str, Tensor | int] = {}
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constant = {name for name, kind in kernel.fn.__annotations__.items() if kind is tl.constexpr}
     call = ", ".join(f"{name}={_written(name, value, values, name in constant)}" for name, value in arguments.items())
     key = (kernel, call)
     if key not in _known:
