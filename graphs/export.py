@@ -11,6 +11,7 @@ Every tensor in and out is contiguous. The package's metadata tell its "inputs" 
 Legend: F latent frames of a block, S ring rows, C condition tokens, H heads, d head size.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,8 @@ def package(part: Part, path: Path) -> Path:
     from torch._inductor import aoti_compile_and_package
 
     tensors = tuple(part.inputs.values())
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter warns of its own future
         exported = torch.export.export(Lowered(part.program.module), tensors, strict=False)
         options = {
             "aot_inductor.metadata": part.metadata,

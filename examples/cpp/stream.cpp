@@ -107,7 +107,8 @@ Tensors read_tensors(const std::filesystem::path& path, torch::Device device) {
   if (!file) {
     throw std::runtime_error(path.string() + " cannot be read; export with `kinora export aoti`");
   }
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  std::vector<char> bytes(std::filesystem::file_size(path));
+  file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   Tensors found;
   for (const auto& item : torch::pickle_load(bytes).toGenericDict()) {
     found[item.key().toStringRef()] = item.value().toTensor().to(device);
