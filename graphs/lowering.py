@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
@@ -47,20 +46,9 @@ class _Bodies(TorchFunctionMode):
         name = func._schema.name if isinstance(func, OpOverload) else ""
         if not name.startswith("kinora::"):
             return func(*args, **(kwargs or {}))
-        in_triton = triton_runs(args[0])
-        body = (IN_TRITON if in_triton else IN_ATEN).get(name) or OPDEFS[name]._init_fn
+        body = (IN_TRITON if triton_runs(args[0]) else IN_ATEN).get(name) or OPDEFS[name]._init_fn
         with self:  # a body may call other ops
-            return body(*(_dense(func, args) if in_triton else args), **(kwargs or {}))
-
-
-def _dense(op: OpOverload, args: Sequence[Any]) -> list[Any]:
-    """The arguments of a call, contiguous except where it writes: a traced launch holds the strides of its tensors, and
-    only of contiguous ones is the compiler sure to keep them."""
-    pairs = zip(args, op._schema.arguments, strict=False)
-    return [
-        value if argument.alias_info is not None else pytree.tree_map_only(Tensor, Tensor.contiguous, value)
-        for value, argument in pairs
-    ]
+            return body(*args, **(kwargs or {}))
 
 
 def qkv_norm_rope(
