@@ -24,9 +24,17 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels import attention_backward, attention_forward, attention_fp8, attention_table
+from ..kernels import (
+    attention_backward,
+    attention_cudnn,
+    attention_forward,
+    attention_fp8,
+    attention_joined,
+    attention_table,
+)
 from ..kernels.attention_forward import Tiles
 from ..kernels.attention_fp8 import Values
+from ..kernels.kv_cache import quantize_heads
 from ..kernels.rope_attention import rope_attention
 from . import attention_report as reporting
 from .attention_report import NAN, Report, Row, rate
@@ -85,51 +93,30 @@ def self_attention(report: Report, x: Stream, sweeping: bool) -> None:
         if name in attention_table.available():
             run = partial(library, x.q, x.joined.k, x.joined.v)
             attempt(f"{name}, joined cache", 1e-2, lambda run=run: run()[0])
-    cudnn_frontend(report, x, want)
+    by_cudnn(report, x, want)
 
 
-def cudnn_frontend(report: Report, x: Stream, want: Tensor) -> None:
-    """FP8 attention of nvidia-cudnn-frontend on the same data with one scale a tensor, where the package is there."""
-    try:
-        import cudnn
-    except ImportError:
-        report.rows.append(Row("cudnn-frontend fp8", note="not installed"))
+def by_cudnn(report: Report, x: Stream, want: Tensor) -> None:
+    """cuDNN's frontend, which reads the number of keys on the device: bfloat16, and e4m3 with one scale a tensor."""
+    if not attention_joined.available(x.q.device):
+        report.rows.append(Row("cudnn-frontend", note="not installed, or no Hopper GPU"))
         return
-    f8, f32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
-    tensors = [t.transpose(1, 2) for t in (x.q, x.joined.k, x.joined.v)]  # [B, H, L, d] views
-    descales = [(t.float().abs().amax() / 448).reshape(1, 1, 1, 1) for t in tensors]
-    data = [(t.float() / s).to(torch.float8_e4m3fn) for t, s in zip(tensors, descales, strict=True)]
-    one = torch.ones(1, 1, 1, 1, device=DEVICE)
-    out = torch.empty_like(data[0])
-    peak = [torch.zeros(1, 1, 1, 1, device=DEVICE) for _ in range(2)]
-    state: dict[str, Any] = {}
+    length = count(x.joined.k.shape[1])
+    half = partial(attention_cudnn.attend, x.q, x.joined.k, x.joined.v, length)
+    report.run("cudnn-frontend bf16, joined cache", 1e-2, lambda: relative_l2(half()[0], want), half, x.shape.flops)
+    tensors = (x.q, x.joined.k, x.joined.v)
+    scale_q, scale_k, scale_v = (448 / t.float().abs().amax().reshape(1) for t in tensors)
+    scales = attention_joined.joined_scales(scale_q, scale_k, scale_v, 4 * scale_v)
+    q8, k8, v8 = (
+        quantize_heads(t, s.expand(x.shape.heads)) for t, s in zip(tensors, (scale_q, scale_k, scale_v), strict=True)
+    )
+    fp8 = partial(attention_joined.attention_joined_fp8, q8, k8, v8, length, scales)
 
-    def build() -> None:
-        graph = cudnn.pygraph(io_data_type=f8, intermediate_data_type=f32, compute_data_type=f32)
-        q, k, v = (graph.tensor_like(t) for t in data)
-        s = [
-            graph.tensor(name=n, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=f32)
-            for n in ("q", "k", "v", "s", "p", "o")
-        ]
-        o, _, amax_s, amax_o = graph.sdpa_fp8(
-            q=q, k=k, v=v, descale_q=s[0], descale_k=s[1], descale_v=s[2], descale_s=s[3], scale_s=s[4], scale_o=s[5],
-            is_inference=True, attn_scale=x.shape.head_dim**-0.5,
-        )  # fmt: skip
-        o.set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
-        for tensor in (amax_s, amax_o):
-            tensor.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(f32)
-        graph.build([cudnn.heur_mode.A])
-        factor = [one / 256, one * 256, one * 256]  # of the weights, and of the result
-        pack = dict(zip((q, k, v, *s, o, amax_s, amax_o), (*data, *descales, *factor, out, *peak), strict=True))
-        room = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=DEVICE)
-        state["run"] = lambda: graph.execute(pack, room)
+    def error() -> float:
+        out8, descale = fp8()
+        return relative_l2(out8.float() * descale[..., None], want)
 
-    def check() -> float:
-        build()
-        state["run"]()
-        return relative_l2(out.float().transpose(1, 2) / 256, want)
-
-    report.run("cudnn-frontend fp8 (one scale a tensor)", 8e-2, check, lambda: state["run"](), x.shape.flops)
+    report.run("cudnn-frontend fp8, joined cache", 8e-2, error, fp8, x.shape.flops)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

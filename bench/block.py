@@ -11,15 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..graphs.models.wan_vae import WanVae
 from ..kernels.dispatch import using
 from ..runtime.placement.single import SingleDevice
+from ..runtime.systems.codec import StreamCodec
 from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
 from ..runtime.systems.liveavatar_decode import StreamDecoder
-from .captured import captured_block, fast_vae
+from .captured import captured_block, captured_decoder
 from .harness.run import Bench, Expected, Ready, Work
 from .models import ModelChoice, weight_bytes
-from .state import BlockCase, Kept
+from .state import BlockCase, Kept, release
 from .variants import running
 from .work import audio_flops, decode_flops, step_flops
 
@@ -31,10 +31,9 @@ TOLERANCE = {"float32": 1e-3, "bf16": 1e-1, "fp8": 2.5e-1}
 class BlockCall:
     """Noise [1, C, 3, h, w] -> the frames [3, n, H, W] of a block in the middle of a stream."""
 
-    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: WanVae):
+    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: StreamCodec):
         self.case, self.denoiser = case, denoiser
-        self.decoder = StreamDecoder(vae, case.motion.float(), case.mode)
-        self.decoder.push(case.noises[0].float())  # the opening block, which is shorter
+        self.decoder = opened_decoder(case, vae)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.decoder.push(self.denoiser.denoise(x, self.case.inputs(self.case.index)))
@@ -49,23 +48,36 @@ def bench_block(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> N
     made = bench.attempt(name, "reference", partial(_prepare, case, system))
     if made is None:
         return
-    denoiser, frames = made
+    frames, caches = made
     choice.quantize(system.dit)
     shown = frames.shape[1]
-    work = Work(_flops(system, case), _bytes(system, denoiser), choice.precision)
-    plain = Kept(case.single, denoiser)
-    del made, denoiser
+    moved = mode.steps * weight_bytes(system.dit) + caches + weight_bytes(system.vae.decoder)  # each once a step
+    work, plain = Work(_flops(system, case), moved, choice.precision), Kept(case.single)
     expected = Expected(frames, TOLERANCE[choice.precision])
     for variant in variants:
         way = partial(_way, variant, case, system, plain)
         bench.measure(name, variant, way, work, expected, metrics=lambda seconds: {"fps": shown / seconds})
 
 
-def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[SingleDevice, Tensor]:
-    """(the plain denoiser with full caches, the eager model's frames of the first noise)."""
+def _prepare(case: BlockCase, system: LiveAvatarSystem) -> tuple[Tensor, int]:
+    """(the eager model's frames of the first noise, bytes of the rolling caches).
+
+    The caches go before the decoder comes: beside weights in bf16 they leave it no room on a GPU of 80 GB.
+    """
     with torch.no_grad(), using(False):
         denoiser = case.single()
-        return denoiser, BlockCall(case, denoiser, system.vae)(case.noises[0])
+        latents = denoiser.denoise(case.noises[0], case.inputs(case.index))
+        caches = sum(step.cache.k.nbytes + step.cache.v.nbytes for step in denoiser.steps)
+        del denoiser
+        release()
+        return opened_decoder(case, system.vae).push(latents), caches
+
+
+def opened_decoder(case: BlockCase, vae: StreamCodec) -> StreamDecoder:
+    """In the middle of its stream: it has decoded the opening block, which is shorter."""
+    decoder = StreamDecoder(vae, case.motion.float(), case.mode)
+    decoder.push(case.noises[0].float())
+    return decoder
 
 
 @contextmanager
@@ -73,7 +85,8 @@ def _way(variant: str, case: BlockCase, system: LiveAvatarSystem, plain: Kept[Si
     if variant == "kinora":
         plain.free()
         captured = case.open(captured_block(case.dit, case.prompt, case.mode, case.grid))
-        yield _ready(BlockCall(case, captured, fast_vae(system.vae)))
+        decoder = captured_decoder(system.vae, case.grid, case.mode.block_latents)
+        yield _ready(BlockCall(case, captured, decoder))
         return
     with running("eager" if variant == "compiled" else variant, system.dit, system.vae):
         call = BlockCall(case, plain.get(), system.vae)  # not compiled: the shapes of its opening come only once
@@ -93,9 +106,3 @@ def _flops(system: LiveAvatarSystem, case: BlockCase) -> float:
         + audio_flops(dit, mode.block_frames)
         + decode_flops(vae, mode.block_latents, mode.warm_latents, case.grid)
     )
-
-
-def _bytes(system: LiveAvatarSystem, denoiser: SingleDevice) -> float:
-    """Weights and caches, each read once a step, and the decoder's weights."""
-    caches = sum(step.cache.k.nbytes + step.cache.v.nbytes for step in denoiser.steps)
-    return len(denoiser.steps) * weight_bytes(system.dit) + caches + weight_bytes(system.vae.decoder)

@@ -14,6 +14,7 @@ from ..runtime.cli.options import Debug, parse_size
 from ..runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from .harness.report import Report
     from .harness.run import Bench
     from .models import ModelChoice
 
@@ -151,6 +152,18 @@ def stream_command(
     _bench_model("stream", bench_stream, VARIANTS, model, precision, variant, size, device, 0.5, False, False, out)
 
 
+@app.command("show")
+def show_command(
+    report: Annotated[Path, typer.Argument(metavar="REPORT.json", help="What a benchmark wrote, finished or not.")],
+    plot: Plot = False,
+    debug: Debug = False,
+) -> None:
+    """The table of a report again, also of a run that was cut off: each result is saved as soon as it exists."""
+    from .harness.report import Report
+
+    _show(Report.load(report), report, plot)
+
+
 @app.command("compare")
 def compare_command(
     before: Annotated[Path, typer.Argument(metavar="A.json", help="The older report.")],
@@ -218,6 +231,20 @@ def _variants(text: str, known: Sequence[str]) -> list[str]:
     return asked or list(known)
 
 
+def _show(report: "Report", path: Path, plot: bool) -> None:
+    """Print the report that lies at `path`, and draw it beside."""
+    from rich.console import Console
+
+    from .harness.plot import plot_roofline
+    from .harness.table import print_report
+
+    console = Console()
+    print_report(report, console if console.is_terminal else Console(width=LOG_WIDTH))
+    picture = path.with_suffix(".png")
+    if plot and plot_roofline(report, picture):
+        print(f"wrote {picture}")
+
+
 def _begin(command: str, device: str, seconds: float, profile: bool, out: Path | None) -> "Bench":
     if not 0 < seconds <= 600:
         raise InputError(f"--seconds is {seconds:g}; pass a number above 0, up to 600")
@@ -240,17 +267,8 @@ def _say(line: str) -> None:
 
 def _finish(bench: "Bench", plot: bool) -> None:
     """Show the report, draw it, and leave with 1 when a result was refused or failed."""
-    from rich.console import Console
-
-    from .harness.plot import plot_roofline
-    from .harness.table import print_report
-
-    console = Console()
-    print_report(bench.report, console if console.is_terminal else Console(width=LOG_WIDTH))
+    _show(bench.report, bench.out, plot)
     print(f"wrote {bench.out}")
-    picture = bench.out.with_suffix(".png")
-    if plot and plot_roofline(bench.report, picture):
-        print(f"wrote {picture}")
     bad = [result for result in bench.report.results if result.status in ("refused", "failed")]
     if bad:
         _say(f"{PROGRAM}: {len(bad)} of {len(bench.report.results)} results have no time; their notes say why")

@@ -56,16 +56,3 @@ def products_table(microseconds: Callable[..., float], tokens: int = 3168) -> in
             rate = 2 * tokens * n * k / time / 1e6
             print(f"  {name:28s} {time:8.1f} {rate:6.0f} {off:8.1e}{'' if off < TOLERANCE else '  FAILED'}", flush=True)
     return failures
-
-
-def small_m() -> None:
-    """Whether the library takes 15 rows as they are, which decides if `fp8_matmul` must pad."""
-    x8, descale, weight8, weight_descale, bias = operands(15, 5120, 5120)
-    expected = fp8_matmul.reference(x8, descale, weight8, weight_descale, bias)
-    try:
-        y = torch._scaled_mm(
-            x8, weight8.t(), descale, weight_descale.reshape(1, -1), bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        print(f"_scaled_mm takes 15 rows unpadded, error {relative_l2(y, expected):.1e}")
-    except RuntimeError as reason:
-        print(f"_scaled_mm refuses 15 rows unpadded: {str(reason).splitlines()[0]}")

@@ -1,7 +1,8 @@
 """What others offer for the same work, so that a number has something to stand beside.
 
 For ops: cuDNN's attention and the scaled product of cuBLAS, on inputs that are already laid out as they like them.
-For FP8 models: `ScaledLinear`, PyTorch's own product as anyone would write it. For a whole step: diffusers' Wan.
+For FP8 models: `ScaledLinear`, PyTorch's own product as anyone would write it, and torchao's `quantize_`. For a whole
+step: diffusers' Wan.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..graphs.models.liveavatar import LiveAvatarConfig
-from ..graphs.quantize import Fp8Linear
+from ..graphs.quantize import Fp8Linear, takes_fp8
 from ..kernels.cases import Inputs
 from .harness.run import Unavailable
 
 HALF = (torch.bfloat16, torch.float16)
-ROWS_OF = 16  # cuBLAS's FP8 products take rows in multiples of this
+FLOAT8_GPU = (8, 9)  # compute capability from which torchao multiplies FP8
 
 
 def library_calls(op: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -61,13 +62,7 @@ def _scaled_product(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
 
 def scaled_product(x8: Tensor, rows: Tensor, weight8: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
     """e4m3 x8 [M, K] with factors [M, 1], weight8 [N, K] with factors [1, N], bias [N] -> bf16 [M, N]; CUDA only."""
-    count = x8.shape[0]
-    missing = -count % ROWS_OF
-    if missing:
-        x8 = torch.cat((x8, x8.new_zeros(missing, x8.shape[1])))
-        rows = torch.cat((rows, rows.new_ones(missing, 1)))
-    y = torch._scaled_mm(x8, weight8.t(), rows, columns, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y[:count]
+    return torch._scaled_mm(x8, weight8.t(), rows, columns, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,11 +78,28 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias  # shared, not copied
         self.columns = linear.weight_descale.reshape(1, -1)
+        self.dtype = linear.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        x8, rows = quantize_rows(x.flatten(0, -2))
+        x8, rows = quantize_rows(x.to(self.dtype).flatten(0, -2))
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return scaled_product(x8, rows, self.weight, self.columns, bias).to(x.dtype).unflatten(0, x.shape[:-1])
+        return scaled_product(x8, rows, self.weight, self.columns, bias).to(self.dtype).unflatten(0, x.shape[:-1])
+
+
+def quantize_by_torchao(model: nn.Module) -> None:
+    """torchao's FP8, in place, in the layers that our recipe quantises: a scale a row of the input and of the weight.
+
+    Unavailable without torchao, and on a device whose FP8 torchao does not use.
+    """
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError as error:
+        raise Unavailable(f"torchao is not installed ({error})") from error
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FLOAT8_GPU:
+        raise Unavailable("torchao multiplies FP8 on a GPU of compute capability 8.9 or later only")
+    # its own settings of the compiler would also hold for what is measured after it
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(model, config, filter_fn=takes_fp8)
 
 
 def diffusers_wan(config: LiveAvatarConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,4 +1,8 @@
-"""Check and time the row-wise kernels and the FP8 products on a GPU: `python -m kinora.bench.rowwise [--no-sweep]`.
+"""Check and time the row-wise kernels and the FP8 products on a GPU.
+
+    python -m kinora.bench.rowwise               # under five minutes on an H200
+    python -m kinora.bench.rowwise --no-sweep    # the defaults only
+    python -m kinora.bench.rowwise --only-sweep  # the tiles of rows and values only, under a minute
 
 Every op first computes each of its real cases beside its reference, from fresh inputs, into memory poisoned with NaN;
 gradients likewise. Then a CUDA graph calls it on several sets of inputs in turn, so that the L2 cache does not hold
@@ -16,13 +20,23 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels import adaln, audio_residual, fp8_linear, fp8_matmul, gated_residual, quantize_rows, residual_norm
+from ..kernels import (
+    adaln,
+    audio_residual,
+    fp8_linear,
+    fp8_matmul,
+    fp8_values,
+    gated_residual,
+    quantize_rows,
+    residual_norm,
+)
 from ..kernels.cases import Case, Op
+from ..kernels.fp8_values_once import store_values_once
 from ..kernels.row_norm import Norm, forward
 from ..kernels.row_norm_backward import backward_tile
 from ..kernels.row_norm_backward import launch as backward
 from ..kernels.rows import Tile, tile
-from .fp8_gemm import products_table, small_m
+from .fp8_gemm import products_table
 from .harness.check import gradients, in_float32, poisoned, relative_l2
 from .harness.timing import replayed
 from .ops import check_case
@@ -36,6 +50,7 @@ OPS = (
     audio_residual.OP,
     quantize_rows.OP,
     quantize_rows.GELU_OP,
+    fp8_values.OP,
     fp8_matmul.OP,
     fp8_linear.OP,
 )
@@ -117,8 +132,11 @@ def draw_norm(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -
     }
 
 
-def norm_call(affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool) -> Callable[..., Any]:
-    return partial(forward, **draw_norm(affine, stream, norm, fp8))
+def norm_call(
+    affine: bool, stream: torch.dtype, norm: torch.dtype, fp8: bool, gated: bool = True
+) -> Callable[..., Any]:
+    given = draw_norm(affine, stream, norm, fp8)
+    return partial(forward, **(given if gated else given | {"gate": None}))
 
 
 def gelu_call() -> Callable[..., Any]:
@@ -140,6 +158,7 @@ def sweep() -> None:
     subjects: dict[str, tuple[Tile, Callable[[], Callable[..., Any]]]] = {
         "after self attention": (norm, partial(norm_call, True, full, half, False)),
         "after self attention, e4m3": (norm, partial(norm_call, True, full, half, True)),
+        "after cross attention, e4m3": (norm, partial(norm_call, False, full, full, True, False)),
         "after the feed-forward": (norm, partial(norm_call, False, half, half, False)),
         "after the feed-forward, e4m3": (norm, partial(norm_call, False, half, half, True)),
         "GELU, e4m3": (tile(13824), gelu_call),
@@ -159,9 +178,36 @@ def sweep() -> None:
         torch.cuda.empty_cache()
 
 
+def sweep_values(rate: float) -> None:
+    """Values to e4m3 in two launches of several tiles, and in one; what memory must move at least is 48.7 MB."""
+    generator = torch.Generator().manual_seed(0)
+    case = next(case for case in fp8_values.cases() if not case.small)
+    sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]
+    first = sets[0]
+    expected = first["v8"].clone(), first["descale"].clone()
+    fp8_values.reference(first["v"], expected[0], expected[1], first["slots"], first["write"])
+
+    def launches(block: int, num_warps: int, **given: Any) -> None:
+        fp8_values.launch(given["v"], given["v8"], given["descale"], given["write"], given["slots"], block, num_warps)
+
+    ways: dict[str, Callable[..., Any]] = {
+        f"two launches, {rows} rows, {warps} warps": partial(launches, rows, warps)
+        for rows, warps in ((128, 4), (128, 8), (128, 16), (64, 4), (64, 8))
+    }
+    ways |= {f"one launch, {channels} channels": partial(store_values_once, channels=channels) for channels in (8, 16)}
+    print(f"values to e4m3: floor {case.bytes / rate:.1f} us")
+    for name, way in ways.items():
+        way(**first)
+        pairs = zip((first["v8"], first["descale"]), expected, strict=True)
+        told = "" if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs) else "  OTHER BITS"
+        time = microseconds([partial(way, **given) for given in sets])
+        print(f"  {name:32s} {time:8.1f} us {case.bytes / time / 1e6:6.2f} TB/s{told}", flush=True)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-sweep", action="store_true", help="only check and time the defaults")
+    parser.add_argument("--only-sweep", action="store_true", help="only try the tiles of rows and values")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: these kernels are timed on a GPU only", file=sys.stderr)
@@ -170,10 +216,11 @@ def main() -> int:
     rate = copy_rate()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e6:.2f} TB/s")
-    failures = rows_table(rate)
-    small_m()
+    failures = 0 if arguments.only_sweep else rows_table(rate)
     if not arguments.no_sweep:
         sweep()
+        sweep_values(rate)
+    if not arguments.no_sweep and not arguments.only_sweep:
         failures += products_table(microseconds)
     print(f"{failures} failures")
     return 1 if failures else 0

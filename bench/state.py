@@ -1,5 +1,6 @@
 """A stream in its steady state: random inputs of real shape, and rolling caches that earlier blocks have filled."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,6 +19,7 @@ D = TypeVar("D", bound=Denoiser)
 T = TypeVar("T")
 INPUTS = 2  # noises that calls rotate over; the weights alone are many L2 caches
 DISTANCE = 10  # R: frames by which the reference stays ahead
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class BlockCase:
 
     @classmethod
     def random(cls, dit: LiveAvatar, mode: GenerationMode, grid: tuple[int, int]) -> "BlockCase":
-        """On the device and in the dtype of `dit`, with as many motion latents as a stream of `mode` has."""
+        """On the device and in the dtype of `dit`, with as many motion latents as a stream of `mode` has.
+
+        The values are the same every time, so that a model that is built again sees the same block.
+        """
         config, device, dtype = dit.config, dit.device, dit.dtype
+        torch.manual_seed(SEED)
 
         def latents(frames: int) -> Tensor:
             return torch.randn(1, config.in_dim, frames, *grid, device=device, dtype=dtype)
@@ -124,9 +130,9 @@ class StepCall:
 class Kept(Generic[T]):
     """Something large that variants share, freed while another needs the memory, and then made again."""
 
-    def __init__(self, make: Callable[[], T], made: T):
+    def __init__(self, make: Callable[[], T], made: T | None = None):
         self._make = make
-        self._made: T | None = made
+        self._made = made
 
     def get(self) -> T:
         if self._made is None:
@@ -134,4 +140,13 @@ class Kept(Generic[T]):
         return self._made
 
     def free(self) -> None:
+        """Give the memory back to the device: the pool of a CUDA graph cannot use what PyTorch only keeps."""
         self._made = None
+        release()
+
+
+def release() -> None:
+    """Hand memory that nothing refers to back to the GPU, where there is one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

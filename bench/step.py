@@ -7,7 +7,7 @@ block of one step, whose result is the latents after it and which encodes the bl
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,39 +15,56 @@ from torch import Tensor, nn
 
 from ..graphs.models.liveavatar import LiveAvatarConfig
 from ..kernels.dispatch import using
+from ..runtime.systems.liveavatar import LiveAvatarSystem
 from .captured import captured_block
-from .harness.run import Bench, Expected, Ready, Work
+from .harness.run import Bench, Expected, Ready, Unavailable, Work
 from .models import ModelChoice, weight_bytes
-from .peers import diffusers_wan
-from .state import BlockCase, Kept, StepCall
+from .peers import diffusers_wan, quantize_by_torchao
+from .state import BlockCase, Kept, StepCall, release
 from .variants import compiled, running
 from .work import META, count_flops, step_flops
 
-VARIANTS = ("eager", "compiled", "fused", "kinora", "diffusers")
+VARIANTS = ("eager", "compiled", "fused", "kinora", "torchao", "diffusers")
 TOLERANCE = {"float32": 1e-4, "bf16": 5e-2, "fp8": 1.5e-1}
 """Relative L2 error of a whole model of 40 layers against the eager one. Random weights amplify rounding more than
 trained ones do; a wrong kernel gives errors near 1."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """What other libraries are measured on: sizes and inputs; `flow` of the eager model, None where it is not known."""
+
+    name: str
+    config: LiveAvatarConfig
+    noises: tuple[Tensor, ...]
+    prompt: Tensor
+    work: Work
+    flow: Tensor | None
+
+
 def bench_step(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> None:
-    """Measure one step of `choice` in each variant."""
-    config, noises, prompt = _bench_models(bench, choice, [variant for variant in variants if variant != "diffusers"])
-    if "diffusers" in variants:  # last, when the memory of the others is free
-        _bench_diffusers(bench, config, noises, prompt)
+    """Measure one step of `choice` in each variant; other libraries' models last, when the memory of ours is free."""
+    target = _bench_models(bench, choice, variants)
+    release()
+    if "torchao" in variants and target.flow is not None:
+        expected = Expected(target.flow, TOLERANCE[choice.precision])
+        note = "torchao's quantize_, blocks compiled"
+        bench.measure(target.name, "torchao", partial(_torchao, choice), target.work, expected, note=note)
+    if "diffusers" in variants:
+        _bench_diffusers(bench, target.config, target.noises, target.prompt)
 
 
-def _bench_models(
-    bench: Bench, choice: ModelChoice, variants: Sequence[str]
-) -> tuple[LiveAvatarConfig, tuple[Tensor, ...], Tensor]:
-    """Our own model; returns its configuration, the noises and the prompt."""
-    system = choice.build()
-    system = replace(system, mode=replace(system.mode, steps=1))
+def _bench_models(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> Target:
+    """Our own model in its variants."""
+    system = _system(choice)
     case = BlockCase.of(system, choice.video_size(system))
     name = f"step/{choice.name}/{choice.precision}/{case.tokens} tokens"
-    found = system.dit.config, case.noises, case.prompt
-    made = bench.attempt(name, "reference", partial(_prepare, case)) if variants else None
+    target = Target(name, system.dit.config, case.noises, case.prompt, Work(0, 0, choice.precision), None)
+    if set(variants) <= {"diffusers"}:
+        return target
+    made = bench.attempt(name, "reference", partial(_prepare, case))
     if made is None:
-        return found
+        return target
     call, flow, latents = made
     choice.quantize(system.dit)
     flops = step_flops(system.dit.config, system.mode, case.grid)
@@ -55,11 +72,32 @@ def _bench_models(
     plain = Kept(partial(StepCall.prepare, case), call)
     del made, call
     for variant in variants:
+        if variant in ("torchao", "diffusers"):
+            continue
         captured = variant == "kinora"
         expected = Expected(latents if captured else flow, TOLERANCE[choice.precision])
         way = partial(_captured, case, plain) if captured else partial(_model, variant, plain)
         bench.measure(name, variant, way, work, expected)
-    return found
+    return replace(target, work=work, flow=flow)
+
+
+def _system(choice: ModelChoice) -> LiveAvatarSystem:
+    """With one denoising step: one rolling cache."""
+    system = choice.build()
+    return replace(system, mode=replace(system.mode, steps=1))
+
+
+@contextmanager
+def _torchao(choice: ModelChoice) -> Iterator[Ready]:
+    """The same model, built again, since torchao starts from the weights that ours has given up."""
+    if choice.precision != "fp8":
+        raise Unavailable("torchao is measured in FP8; pass --precision fp8")
+    system = _system(choice)
+    quantize_by_torchao(system.dit)
+    call = StepCall.prepare(BlockCase.of(system, choice.video_size(system)))
+    with running("compiled", dit=system.dit):
+        calls = [partial(call, x) for x in call.case.noises]
+        yield Ready(calls, calls[0])
 
 
 def _bench_diffusers(bench: Bench, config: LiveAvatarConfig, noises: Sequence[Tensor], prompt: Tensor) -> None:

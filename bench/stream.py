@@ -1,11 +1,13 @@
 """`kinora bench stream`: a session from its opening to its steady state, by the wall clock, as a user has it.
 
-Two sessions run one after the other; the first also pays for compiling, tuning and capturing ("cold"). A session is
-opened with a picture; then sound arrives block by block, always in time: the times are of work, not of waiting.
+Two sessions run one after the other; the first also pays for compiling, tuning and capturing ("cold"), the second finds
+that done ("warm"), as sessions after `Avatar.warm_up` do. A session is opened with a picture; then sound arrives block
+by block, always in time: the times are of work, not of waiting. A third session says where the time goes, stage by
+stage (`stages.py`), in `metrics`: "opening/VAE encode", "first block/denoise", "steady block/VAE decode", ..., seconds.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,17 +15,17 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..runtime.placement.single import SingleDevice
-from ..runtime.preprocess import image_pixels
-from ..runtime.session import Session
-from ..runtime.systems.liveavatar import BlockStream, LiveAvatarSystem
-from ..runtime.systems.liveavatar_draws import SeededDraws
+from ..runtime.avatar import Avatar
+from ..runtime.placement.base import Placement
+from ..runtime.placement.engines import SinglePlacement
+from ..runtime.systems.liveavatar import LiveAvatarSystem
 from ..runtime.systems.liveavatar_mode import AUDIO_RATE
-from .captured import captured_block, fast_vae
+from .captured import captured_placement
 from .harness.report import Result
 from .harness.run import Bench
 from .harness.timing import Timing
 from .models import ModelChoice
+from .stages import Stages
 from .variants import running
 
 VARIANTS = ("eager", "compiled", "fused", "kinora")
@@ -55,12 +57,16 @@ def bench_stream(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> 
 
 
 def _measure(bench: Bench, blank: Result, system: LiveAvatarSystem, size: tuple[int, int]) -> Result:
-    """Both sessions of one variant; peak memory is that of both."""
+    """Both sessions of one variant, then the one by stages; peak memory is that of all."""
     on_gpu = bench.device.type == "cuda"
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
+    placement = captured_placement(system) if blank.variant == "kinora" else SinglePlacement(system)
+    avatar = Avatar(blank.name, system, placement)
     with running_sessions(blank.variant, system), bench.watching() as watch:
-        cold, warm = (_run(blank.variant, system, size, seed) for seed in range(2))
+        cold, warm = (_run(avatar, size, seed) for seed in range(2))
+        stages = _by_stage(system, placement, size)
     timing, frames = Timing.of(cold.blocks, warm.blocks), system.mode.block_frames
     metrics = {
         "fps": frames / timing.seconds,
@@ -68,8 +74,12 @@ def _measure(bench: Bench, blank: Result, system: LiveAvatarSystem, size: tuple[
         "opening_seconds_warm": warm.opening,
         "first_frame_seconds_cold": cold.first_frame,
         "first_frame_seconds_warm": warm.first_frame,
+        **stages,
     }
-    peak = torch.cuda.max_memory_allocated(bench.device) if on_gpu else None
+    peak = None
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(bench.device)
+        metrics["peak_reserved_bytes"] = float(torch.cuda.max_memory_reserved(bench.device))  # graphs' pools included
     return bench.rated(replace(blank, metrics=metrics, load=watch.load, peak_memory=peak), timing)
 
 
@@ -83,35 +93,45 @@ def running_sessions(variant: str, system: LiveAvatarSystem) -> Iterator[None]:
         yield
 
 
-def open_session(variant: str, system: LiveAvatarSystem, size: tuple[int, int], seed: int) -> Session:
-    """What `Avatar.stream` opens, with a random picture, on the denoiser and the VAE of the variant."""
-    dit, mode, fast = system.dit, system.mode, variant == "kinora"
-    picture = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    place = captured_block if fast else SingleDevice
+def _by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, int]) -> dict[str, float]:
+    """Seconds of the stages of an opening, of the first block, and of a steady block (mean)."""
+    stages = Stages(system.dit.device)
 
-    def open_blocks() -> BlockStream:
-        context = system.encode_prompt("")
-        return BlockStream(
-            fast_vae(system.vae) if fast else system.vae,
-            mode,
-            image_pixels(picture, *size).to(dit.device),
-            lambda grid: place(dit, context, mode, grid),
-            SeededDraws(seed, mode, dit.dtype, dit.device),
-        )
+    def enter(phase: str) -> Callable[[], None]:
+        return lambda: setattr(stages, "phase", phase)
 
-    return Session(open_blocks, system.audio_features(mode), mode, size)
+    avatar = Avatar("stages", stages.system(system), stages.placement(placement))
+    _run(avatar, size, seed=2, opened=enter("first block"), seen=enter("steady block"))
+    blocks = filling_blocks(system) + STEADY_BLOCKS - 1
+    return {
+        f"{phase}/{stage}": seconds / (blocks if phase == "steady block" else 1)
+        for (phase, stage), seconds in stages.seconds.items()
+    }
 
 
-def _run(variant: str, system: LiveAvatarSystem, size: tuple[int, int], seed: int) -> Run:
-    """Open a session, fill its caches, time its steady blocks. RuntimeError when no frames come."""
-    mode = system.mode
-    samples = mode.block_frames * mode.samples_per_frame
-    filling = (mode.cache_latents or system.dit.config.cache_frames) // mode.block_latents
+def filling_blocks(system: LiveAvatarSystem) -> int:
+    """Blocks until the rolling caches are full."""
+    return (system.mode.cache_latents or system.dit.config.cache_frames) // system.mode.block_latents
+
+
+def _run(
+    avatar: Avatar,
+    size: tuple[int, int],
+    seed: int,
+    opened: Callable[[], None] = lambda: None,
+    seen: Callable[[], None] = lambda: None,
+) -> Run:
+    """Open a session, fill its caches, time its steady blocks; tells when it is `opened`, and when its first frames
+    were `seen`. RuntimeError when no frames come."""
+    system, mode = avatar.system, avatar.mode
+    samples, filling = mode.block_frames * mode.samples_per_frame, filling_blocks(system)
     sound = voice(samples * (filling + STEADY_BLOCKS + MOST_SILENT_FEEDS), seed)
+    picture = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
     started = time.perf_counter()
-    session = open_session(variant, system, size, seed)
+    session = avatar.stream(picture, seed=seed, size=size)
     _finish(system)
     opening, working = time.perf_counter() - started, 0.0
+    opened()
     blocks: list[float] = []
     first_frame = waited = 0.0
     with session:
@@ -122,7 +142,9 @@ def _run(variant: str, system: LiveAvatarSystem, size: tuple[int, int], seed: in
             if not len(frames):
                 continue
             working += waited
-            first_frame = first_frame or working
+            if not blocks:
+                first_frame = working
+                seen()
             blocks.append(waited)
             waited = 0.0
             if len(blocks) == filling + STEADY_BLOCKS:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..graphs.models.wan_vae import DecoderState, EncoderState, WanVae
 from ..kernels.dispatch import using
-from .captured import fast_vae
+from ..runtime.placement.captured_vae import CapturedDecoder, CapturedEncoder
+from .captured import captured_decoder, captured_encoder
 from .harness.run import Bench, Expected, Ready, Work
 from .models import ModelChoice, weight_bytes
 from .state import INPUTS
@@ -59,9 +60,13 @@ def bench_vae(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> Non
 class DecodeStream:
     """A decoder that has decoded `opening`; each call decodes the next latents [1, z, F, h, w]."""
 
-    def __init__(self, vae: WanVae, opening: Tensor):
+    def __init__(self, vae: WanVae | CapturedDecoder, opening: Tensor):
         self.vae, self.state = vae, DecoderState()
         vae.decode_stream(opening, self.state)
+
+    @classmethod
+    def captured(cls, vae: WanVae, opening: Tensor) -> "DecodeStream":
+        return cls(captured_decoder(vae, (opening.shape[3], opening.shape[4]), LATENTS), opening)
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.vae.decode_stream(latents, self.state)
@@ -70,9 +75,13 @@ class DecodeStream:
 class EncodeStream:
     """An encoder that has encoded `opening`; each call encodes the next frames [1, 3, T, H, W]."""
 
-    def __init__(self, vae: WanVae, opening: Tensor):
+    def __init__(self, vae: WanVae | CapturedEncoder, opening: Tensor):
         self.vae, self.state = vae, EncoderState()
         vae.encode_stream(opening, self.state)
+
+    @classmethod
+    def captured(cls, vae: WanVae, opening: Tensor) -> "EncodeStream":
+        return cls(captured_encoder(vae, (opening.shape[3], opening.shape[4]), LATENTS), opening)
 
     def __call__(self, frames: Tensor) -> Tensor:
         return self.vae.encode_stream(frames, self.state)
@@ -92,7 +101,9 @@ def _first(vae: WanVae, stream: Stream, opening: Tensor, piece: Tensor) -> tuple
 def _way(variant: str, vae: WanVae, stream: Stream, opening: Tensor, pieces: Sequence[Tensor]) -> Iterator[Ready]:
     fast = variant == "kinora"
     with nullcontext() if fast else running("eager" if variant == "compiled" else variant, vae=vae):
-        opened = stream(fast_vae(vae) if fast else vae, opening)  # not compiled: its shapes come only once
+        opened = (
+            stream.captured(vae, opening) if fast else stream(vae, opening)
+        )  # not compiled: a shape that comes once
     with nullcontext() if fast else running(variant, vae=vae):
         calls = [partial(opened, piece) for piece in pieces]
         yield Ready(calls, calls[0])  # the check comes first: it sees the stream right after its opening

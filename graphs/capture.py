@@ -1,15 +1,33 @@
-"""CUDA graphs: a function over static buffers, recorded once and replayed without Python, allocation or host reads."""
+"""CUDA graphs: a function over static buffers, recorded once and replayed without Python, allocation or host reads.
+
+Graphs may share one pool of working memory (`shared_pool`) when they are replayed one after another on one stream and
+keep nothing in it between replays: results belong in buffers that were allocated outside.
+"""
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 WARM_UP = 2  # calls before recording: kernels are compiled, libraries choose their algorithms
+Pool = Any  # PyTorch's opaque handle
 
 
-def record(function: Callable[[], object], device: torch.device, warm_up: int = WARM_UP) -> torch.cuda.CUDAGraph:
-    """Call `function` `warm_up` times on a stream of its own, then record one more call of it."""
+def shared_pool(device: torch.device) -> Pool | None:
+    """Working memory for several graphs on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.graph_pool_handle()
+
+
+def record(
+    function: Callable[[], object], device: torch.device, warm_up: int = WARM_UP, pool: Pool | None = None
+) -> torch.cuda.CUDAGraph:
+    """Call `function` `warm_up` times on a stream of its own, then record one more call of it.
+
+    `pool`: where the working memory comes from, None for a pool of its own.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -17,7 +35,7 @@ def record(function: Callable[[], object], device: torch.device, warm_up: int = 
             function()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on
         function()
     return graph
 
@@ -30,23 +48,26 @@ class Replay:
     cannot hold) every call runs the function; a warning then says why.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device):
+    def __init__(self, function: Callable[[], None], device: torch.device, pool: Pool | None = None):
         self.function = function
         self.device = device
+        self.pool = pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured = device.type == "cuda"
 
     def __call__(self) -> None:
-        if self.captured and self.graph is None:
-            self._record()
+        self.record()
         if self.graph is None:
             self.function()
         else:
             self.graph.replay()
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Record now, if that is possible here and was not done."""
+        if not self.captured or self.graph is not None:
+            return
         try:
-            self.graph = record(self.function, self.device)
+            self.graph = record(self.function, self.device, pool=self.pool)
         except RuntimeError as error:
             self.captured = False
             reason = str(error).strip().splitlines()[0]

@@ -16,6 +16,18 @@ LIVEAVATAR_IGNORE = (
 )
 
 
+QUANTUM = 16  # FP8 products want both sides of a weight in multiples of it
+
+
+def takes_fp8(module: nn.Module, name: str) -> bool:
+    """Whether a layer of LiveAvatar called `name` is to multiply in FP8: a linear layer that the recipe does not keep.
+
+    For `torchao.quantize_(dit, config, filter_fn=takes_fp8)`, the alternative to `quantize_linears`.
+    """
+    kept = any(part in name for part in LIVEAVATAR_IGNORE)
+    return isinstance(module, nn.Linear) and not kept and not any(side % QUANTUM for side in module.weight.shape)
+
+
 class Fp8Linear(nn.Module):
     """A linear layer with e4m3 weights and dynamically quantised input.
 

@@ -4,10 +4,12 @@
 
 Shapes: q [B, Lq, H, d], k and v [B, L, H, d] in float16 or bfloat16, `length` int32 [1] on the device or None for all
 rows. Result like q (contiguous), log-sum-exp float32 [B, H, Lq]. PyTorch's own binding of cuDNN takes no length, so a
-captured CUDA graph would keep the one that it was recorded with.
+captured CUDA graph would keep the one that it was recorded with. `attend_fp8` is the same in e4m3: `attention_joined`
+says what it computes.
 Non-finite values: rows beyond `length` must be finite (they are multiplied by zero). Inference only.
 Errors: whatever cuDNN refuses is a RuntimeError (`attention_table.measure` then leaves it out).
-Source: the operation "SDPA FP16/BF16 Forward" with a padding mask of NVIDIA's cuDNN frontend documentation.
+Source: the operations "SDPA FP16/BF16 Forward" and "SDPA FP8 Forward" with a padding mask in NVIDIA's documentation of
+the cuDNN frontend.
 """
 
 from dataclasses import dataclass
@@ -21,13 +23,28 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides of a tensor [B, H, L, d]."""
 
 
+E4M3 = torch.float8_e4m3fn
+FP8_SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+"""What cuDNN calls the scales, in the order of `attention_joined.joined_scales`; s: the weights."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A compiled cuDNN graph: its tensors, by what is bound to them, and the bytes that it works in."""
+    """A compiled cuDNN graph: its tensors, in the order in which `run` takes what is bound to them, and the bytes that
+    it works in."""
 
     graph: Any
-    tensors: tuple[Any, ...]  # q, k, v, result, log-sum-exp, and for a length: queries and keys
+    tensors: tuple[Any, ...]
     workspace: int
+
+    def run(self, *bound: Tensor) -> None:
+        import cudnn
+
+        device = bound[0].device
+        handle = _handle(device.index)
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+        room = torch.empty(max(self.workspace, 1), dtype=torch.uint8, device=device)
+        self.graph.execute(dict(zip(self.tensors, bound, strict=True)), room, handle=handle)
 
 
 @cache
@@ -40,32 +57,48 @@ def _handle(device: int) -> Any:
 
 @cache
 def _plan(device: int, dtype: torch.dtype, q: Layout, k: Layout, v: Layout, out: Layout, by_length: bool) -> Plan:
+    """Tensors: q, k, v, result; in e4m3 scales and two maxima that nobody reads, else the log-sum-exp; counts."""
     import cudnn
 
-    half = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
-    single = cudnn.data_type.FLOAT
+    types = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", E4M3: "FP8_E4M3"}
+    data, single = getattr(cudnn.data_type, types[dtype]), cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
-        io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=_handle(device)
+        io_data_type=data, intermediate_data_type=single, compute_data_type=single, handle=_handle(device)
     )
-    inputs = [
-        graph.tensor(name=name, dim=list(shape), stride=list(stride), data_type=half)
-        for name, (shape, stride) in zip("qkv", (q, k, v), strict=True)
-    ]
     batch, heads, queries, head_dim = q[0]
-    one = [batch, 1, 1, 1]
+    one = [1, 1, 1, 1]
+    inputs = {
+        name: graph.tensor(name=name, dim=list(shape), stride=list(stride), data_type=data)
+        for name, (shape, stride) in zip("qkv", (q, k, v), strict=True)
+    }
     counts = [
-        graph.tensor(name=name, dim=one, stride=[1, 1, 1, 1], data_type=cudnn.data_type.INT32)
+        graph.tensor(name=name, dim=[batch, 1, 1, 1], stride=one, data_type=cudnn.data_type.INT32)
         for name in (("queries", "keys") if by_length else ())
     ]
-    padding = {"use_padding_mask": True, "seq_len_q": counts[0], "seq_len_kv": counts[1]} if by_length else {}
-    result, stats = graph.sdpa(
-        q=inputs[0], k=inputs[1], v=inputs[2], generate_stats=True, attn_scale=head_dim**-0.5, **padding
-    )
-    result.set_output(True).set_dim(list(out[0])).set_stride(list(out[1]))
-    stats.set_output(True).set_dim([batch, heads, queries, 1]).set_data_type(single)
-    stats.set_stride([heads * queries, queries, 1, 1])
+    options: dict[str, Any] = {"attn_scale": head_dim**-0.5, "generate_stats": dtype != E4M3}
+    if by_length:
+        options |= {"use_padding_mask": True, "seq_len_q": counts[0], "seq_len_kv": counts[1]}
+    if dtype == E4M3:
+        scales = {name: graph.tensor(name=name, dim=one, stride=one, data_type=single) for name in FP8_SCALES}
+        result, _, *maxima = graph.sdpa_fp8(**inputs, **scales, **options)
+        for maximum in maxima:
+            maximum.set_output(True).set_dim(one).set_stride(one).set_data_type(single)
+        further = [*scales.values(), *maxima]
+    else:
+        result, stats = graph.sdpa(**inputs, **options)
+        stats.set_output(True).set_dim([batch, heads, queries, 1]).set_data_type(single)
+        stats.set_stride([heads * queries, queries, 1, 1])
+        further = [stats]
+    result.set_output(True).set_dim(list(out[0])).set_stride(list(out[1])).set_data_type(data)
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    return Plan(graph, (*inputs, result, stats, *counts), graph.get_workspace_size())
+    return Plan(graph, (*inputs.values(), result, *further, *counts), graph.get_workspace_size())
+
+
+def _plan_for(q: Tensor, k: Tensor, v: Tensor, out: Tensor, by_length: bool) -> tuple[Plan, list[Tensor]]:
+    """The plan of [B, L, H, d] tensors, and them as it takes them, [B, H, L, d]."""
+    moved = [t.transpose(1, 2) for t in (q, k, v, out)]
+    layouts = [(tuple(t.shape), tuple(t.stride())) for t in moved]
+    return _plan(q.device.index, v.dtype, *layouts, by_length), moved
 
 
 @cache
@@ -73,23 +106,28 @@ def _counted(device: int, rows: int, batch: int) -> Tensor:
     return torch.full((batch,), rows, dtype=torch.int32, device=device)
 
 
+def _counts(q: Tensor, length: Tensor | None) -> list[Tensor]:
+    if length is None:
+        return []
+    batch, queries = q.shape[:2]
+    return [_counted(q.device.index, queries, batch), length.expand(batch).contiguous()]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Result [B, Lq, H, d] and log-sum-exp [B, H, Lq]; see the module docstring."""
-    import cudnn
-
-    device = q.device.index
     batch, queries, heads, _ = q.shape
     q = q.to(v.dtype)
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    moved = [t.transpose(1, 2) for t in (q, k, v, out)]  # [B, H, L, d]
-    layouts = [(tuple(t.shape), tuple(t.stride())) for t in moved]
-    plan = _plan(device, v.dtype, *layouts, length is not None)
-    bound = [*moved, lse]
-    if length is not None:
-        bound += [_counted(device, queries, batch), length.expand(batch).contiguous()]
-    handle = _handle(device)
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
-    room = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=q.device)
-    plan.graph.execute(dict(zip(plan.tensors, bound, strict=True)), room, handle=handle)
+    plan, moved = _plan_for(q, k, v, out, length is not None)
+    plan.run(*moved, lse, *_counts(q, length))
     return out, lse
+
+
+def attend_fp8(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> Tensor:
+    """Result [B, Lq, H, d] in e4m3; `scales` float32 [7] of `attention_joined.joined_scales`."""
+    out = torch.empty(q8.shape, dtype=E4M3, device=q8.device)
+    plan, moved = _plan_for(q8, k8, v8, out, True)
+    maxima = torch.empty(2, dtype=torch.float32, device=q8.device)
+    plan.run(*moved, *scales[: len(FP8_SCALES)].split(1), *maxima.split(1), *_counts(q8, length))
+    return out

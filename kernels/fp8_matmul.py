@@ -5,22 +5,18 @@
 Shapes: x8 [..., K] e4m3fn with descale float32 [..., 1] (a scale a token) or [1]; weight8 [N, K] e4m3fn with
 weight_descale float32 [N, 1] (a scale an output channel) or [1]; both by row, or both [1]; bias [N] or None; result
 [..., N] in `out_dtype`. On CUDA the library's scaled product `torch._scaled_mm`, which wants K and N to be multiples
-of 16, rounds the bias to bfloat16 and returns bfloat16 when it scales by row.
+of 16 and takes any M, rounds the bias to bfloat16 and returns bfloat16 when it scales by row.
 `fast_accum`: partial sums stay in the tensor core's own precision (about 14 bits) instead of being added in float32
 every few products; the published recipe runs so.
 Not differentiable.  Errors: ValueError for wrong shapes, TypeError for operands that are not e4m3fn.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import Case, Op, randn
 from .dispatch import fused
 from .quantize_rows import quantize_fp8
-
-ROWS_OF = 16
-"""The library's FP8 kernels are built for M in multiples of this."""
 
 
 def check(x8: Tensor, descale: Tensor, weight8: Tensor, weight_descale: Tensor, bias: Tensor | None) -> None:
@@ -64,23 +60,17 @@ def _fp8_matmul(
 ) -> Tensor:
     if not x8.is_cuda:
         return reference(x8, descale, weight8, weight_descale, bias, out_dtype).contiguous()
-    m, n = x8.shape[:-1].numel(), weight8.shape[0]
-    rowwise = weight_descale.numel() > 1
-    a = x8.flatten(0, -2).contiguous()
-    scale_a = descale.reshape(-1, 1) if rowwise else descale.reshape(1)
-    if short := -m % ROWS_OF:
-        a = F.pad(a.view(torch.uint8), (0, 0, 0, short)).view(torch.float8_e4m3fn)
-        scale_a = F.pad(scale_a, (0, 0, 0, short), value=1.0) if rowwise else scale_a
+    n, rowwise = weight8.shape[0], weight_descale.numel() > 1
     y = torch._scaled_mm(
-        a,
+        x8.flatten(0, -2).contiguous(),
         weight8.t(),  # [K, N], columns dense
-        scale_a.contiguous(),
+        (descale.reshape(-1, 1) if rowwise else descale.reshape(1)).contiguous(),
         weight_descale.reshape(1, n) if rowwise else weight_descale.reshape(1),
         None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,
     )
-    return y[:m].reshape(*x8.shape[:-1], n).to(out_dtype)
+    return y.reshape(*x8.shape[:-1], n).to(out_dtype)
 
 
 @_fp8_matmul.register_fake

@@ -1,10 +1,12 @@
 """Values in e4m3 for FP8 attention: transposed, with one scale a slot of the ring, head and channel.
 
-    descale[b, slot, h, c] = max(amax of the slot's rows, 1e-12) / 448;  v8[b, h, c, row] = e4m3(v / descale)
+    amax[b, h, c] = max(amax of the slot's rows, 1e-12);  descale[b, slot, h, c] = amax / 448
+    v8[b, h, c, row] = e4m3(v * (448 / amax))
 
 A block fills one whole slot, so its scales are its own and nothing stored before is touched. Two launches: partial
-maxima, then maxima, scaling and transposition; both deterministic. The second goes through the heads backwards, so that
-it begins with what the first left in the L2 cache.
+maxima, then maxima, scaling and transposition; both deterministic. The second goes through the rows backwards, so that
+it begins with what the first left in the L2 cache: of LiveAvatar 14B's 32 MB nearly all, and what reaches memory is one
+reading of v and one writing of v8.
 
 Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d, S] e4m3; descale float32
 [B, slots, H, d]; `write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for
@@ -25,6 +27,23 @@ from .qk_rows import FP8_MAX, Slots
 
 AMAX_FLOOR = tl.constexpr(1e-12)
 ROWS = 128  # rows of a tile; the stride of a slot is a multiple of it
+
+
+@triton.jit
+def slot_of(write_ptr, slot_rows):
+    """The slot where the block goes."""
+    if write_ptr is None:
+        return 0
+    return tl.load(write_ptr).to(tl.int32) // slot_rows
+
+
+@triton.jit
+def scales(amax):
+    """(what restores values of this amax, what they are multiplied by)."""
+    amax = tl.maximum(amax, AMAX_FLOOR)
+    one = tl.full(amax.shape, 1.0, tl.float32)
+    # the second rounds twice, as PyTorch divides a number by a tensor
+    return tl.div_rn(amax, one * FP8_MAX), tl.div_rn(one, amax) * FP8_MAX
 
 
 @triton.jit
@@ -57,35 +76,32 @@ def _store_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    last = tl.num_programs(1) - 1 - tl.program_id(1)
-    batch, head = (last // heads).to(tl.int64), last % heads
-    rows, dims, parts = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, TILES)
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    part = tl.num_programs(1) - 1 - tl.program_id(1)  # the rows that were read last come first
+    rows, dims, parts = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, TILES)
     tile = v_ptr + batch * strides[0] + head * strides[2] + rows[:, None].to(tl.int64) * strides[1] + dims[None, :]
-    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0)
-    slot = 0
-    if write_ptr is not None:
-        slot = tl.load(write_ptr).to(tl.int32) // slot_rows
+    v = tl.load(tile, mask=(rows < tokens)[:, None], other=0.0, eviction_policy="evict_first")
+    slot = slot_of(write_ptr, slot_rows)
     partial = partial_ptr + ((batch * tiles + parts[:, None]) * heads + head) * D + dims[None, :]
     amax = tl.max(tl.load(partial, mask=(parts < tiles)[:, None], other=0.0), 0)  # [d]
-    descale = tl.maximum(amax, AMAX_FLOOR) / FP8_MAX
-    v8 = tl.clamp(v.to(tl.float32) / descale[None, :], -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(
-        tl.float8e4nv
-    )
+    descale, scale = scales(amax)
+    v8 = (v.to(tl.float32) * scale[None, :]).to(tl.float8e4nv)
     inside = (slot >= 0) & (slot < slot_count)
     length = (slot_count * slot_stride).to(tl.int64)  # rows of the buffer
-    start = tl.cast(slot, tl.int64) * slot_stride + tl.program_id(0) * BLOCK
+    start = tl.cast(slot, tl.int64) * slot_stride + part * BLOCK
     target = v8_ptr + ((batch * heads + head) * D + dims[:, None]) * length + start + tl.arange(0, BLOCK)[None, :]
-    tl.store(target, tl.trans(v8), mask=inside)  # padding rows get zeros
-    if tl.program_id(0) == 0:
+    # padding rows get zeros; what is written must not push out what is still to be read
+    tl.store(target, tl.trans(v8), mask=inside, eviction_policy="evict_first")
+    if part == 0:
         tl.store(descale_ptr + ((batch * slot_count + slot) * heads + head) * D + dims, descale, mask=inside)
 
 
 def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     """v [B, L, H, d], one slot -> (e4m3 [B, H, d, L], descale float32 [B, H, d])."""
     limit = float(FP8_MAX.value)
-    descale = v.float().abs().amax(1).clamp(min=AMAX_FLOOR.value) / limit
-    v8 = (v.float() / descale[:, None]).clamp(-limit, limit).to(E4M3)
-    return v8.permute(0, 2, 3, 1), descale
+    amax = v.float().abs().amax(1).clamp(min=AMAX_FLOOR.value)
+    v8 = (v.float() * (limit / amax)[:, None]).clamp(-limit, limit).to(E4M3)
+    return v8.permute(0, 2, 3, 1), amax / limit
 
 
 def reference(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write: Tensor | None = None) -> None:
@@ -112,21 +128,29 @@ def store_values_fp8(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write
 @torch.library.custom_op("kinora::store_values_fp8", mutates_args=("v8", "descale"))
 def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, slots: list[int]) -> None:
     layout = Slots(*slots)
-    batch, tokens, heads, head_dim = v.shape
     if not triton_runs(v, v8, descale, write):
         reference(v, v8, descale, layout, write)
         return
+    launch(v, v8, descale, write, layout)
+
+
+def launch(
+    v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, layout: Slots, block: int = ROWS, num_warps: int = 8
+) -> None:
+    """Both kernels, on tiles of `block` rows of a head."""
+    batch, tokens, heads, head_dim = v.shape
     v = v if v.stride(3) == 1 else v.contiguous()
-    tiles = layout.stride // ROWS
+    tiles = layout.stride // block
     partial = torch.empty((batch, tiles, heads, head_dim), dtype=torch.float32, device=v.device)
-    _amax_kernel[batch * heads, tiles](v, partial, v.stride()[:3], tokens, heads, D=head_dim, BLOCK=ROWS, num_warps=8)
-    _store_kernel[tiles, batch * heads](
+    grid, strides = (batch * heads, tiles), v.stride()[:3]
+    _amax_kernel[grid](v, partial, strides, tokens, heads, D=head_dim, BLOCK=block, num_warps=num_warps)
+    _store_kernel[grid](
         v,
         partial,
         v8,
         descale,
         write,
-        v.stride()[:3],
+        strides,
         tokens,
         heads,
         tiles,
@@ -134,9 +158,9 @@ def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor |
         layout.stride,
         layout.count,
         D=head_dim,
-        BLOCK=ROWS,
+        BLOCK=block,
         TILES=triton.next_power_of_2(tiles),
-        num_warps=8,
+        num_warps=num_warps,
     )
 
 

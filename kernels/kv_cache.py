@@ -9,7 +9,8 @@ captured graph serves every place in the ring. Result q [B, L, H, d]. Rows that 
 `qkv_norm_rope_fp8` writes e4m3: q8 = e4m3(scale_q * q), k8 likewise, with one static scale a head. A normed row has a
 norm of at most sqrt(D), a rotation keeps the norm of a pair, so |q| <= sqrt(D) * max |weight| of the head: the scale
 448 / bound (`static_scales`) cannot overflow, and e4m3 has the same relative precision over fifteen octaves, so nothing
-is gained by measuring. Values in bfloat16 go the same way (`ring_v`), in e4m3 by `fp8_values.store_values_fp8`.
+is gained by measuring. Values go the same way (`ring_v`) in bfloat16, or in e4m3 with a scale a head that is known
+beforehand (`scale_v`); `fp8_values.store_values_fp8` measures the scale of each channel first.
 
 Dtypes: rounding points of `qk_norm_rope`; the ring's dtype last; e4m3 rounds once, from the float32 rotation.
 Non-finite values: stay in their token. Errors: ValueError when shapes do not fit.
@@ -82,6 +83,7 @@ def qkv_norm_rope_fp8_reference(
     slots: Slots,
     num_heads: int,
     eps: float = 1e-6,
+    scale_v: Tensor | None = None,
 ) -> Tensor:
     q, k, v = qkv.chunk(3, -1)
     valid = int(write) + torch.arange(qkv.shape[1], device=qkv.device)
@@ -90,7 +92,11 @@ def qkv_norm_rope_fp8_reference(
     k8 = quantize_heads(head_norm_reference(k, weight_k, rope, num_heads, eps, torch.float32), scale_k)
     ring_k8.view(torch.uint8)[:, rows] = k8.view(torch.uint8)[:, inside]  # not every device indexes e4m3
     if ring_v is not None:
-        ring_v[:, rows] = v.unflatten(-1, (num_heads, -1)).to(ring_v.dtype)[:, inside]
+        v = v.unflatten(-1, (num_heads, -1))
+        if scale_v is None:
+            ring_v[:, rows] = v.to(ring_v.dtype)[:, inside]
+        else:
+            ring_v.view(torch.uint8)[:, rows] = quantize_heads(v, scale_v).view(torch.uint8)[:, inside]
     return quantize_heads(head_norm_reference(q, weight_q, rope, num_heads, eps, torch.float32), scale_q)
 
 
@@ -169,21 +175,27 @@ def qkv_norm_rope_fp8(
     slots: Slots,
     num_heads: int,
     eps: float = 1e-6,
+    scale_v: Tensor | None = None,
 ) -> Tensor:
-    """Queries in e4m3; writes e4m3 keys and, if `ring_v` is given, values in its dtype. Inference only."""
+    """Queries in e4m3; writes e4m3 keys and, if `ring_v` is given, values in its dtype, e4m3 exactly with `scale_v`.
+
+    Inference only.
+    """
     _check_block(qkv, weight_q, weight_k, rope, num_heads)
     for ring in (ring_k8,) if ring_v is None else (ring_k8, ring_v):
         _check_ring(ring, qkv, num_heads)
         if ring.shape[1] != slots.length:
             raise ValueError(f"a ring has {ring.shape[1]} rows; {slots} need {slots.length}")
-    for scale in (scale_q, scale_k):
+    if ring_v is not None and (ring_v.dtype == E4M3) != (scale_v is not None):
+        raise ValueError(f"values go into a ring of {ring_v.dtype}; pass `scale_v` exactly when it is e4m3")
+    for scale in (scale_q, scale_k) if scale_v is None else (scale_q, scale_k, scale_v):
         if scale.shape != (num_heads,) or scale.dtype != torch.float32:
             raise ValueError(
                 f"a scale has {scale.dtype} of shape {tuple(scale.shape)}; it must be float32 [{num_heads}]"
             )
     layout = [slots.count, slots.rows, slots.stride]
     return torch.ops.kinora.qkv_norm_rope_fp8(
-        qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, layout, num_heads, eps
+        qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, layout, num_heads, eps, scale_v
     )
 
 
@@ -265,12 +277,13 @@ def _qkv_norm_rope_fp8_op(
     slots: list[int],
     num_heads: int,
     eps: float,
+    scale_v: Tensor | None = None,
 ) -> Tensor:
     """`slots`: count, rows, stride of `Slots`."""
     layout = Slots(*slots)
-    if not triton_runs(qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k):
+    if not triton_runs(qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, scale_v):
         return qkv_norm_rope_fp8_reference(
-            qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, layout, num_heads, eps
+            qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, layout, num_heads, eps, scale_v
         )
     q, k, v = qkv.chunk(3, -1)
     out = torch.empty((*q.shape[:2], *ring_k8.shape[2:]), dtype=E4M3, device=qkv.device)
@@ -279,7 +292,7 @@ def _qkv_norm_rope_fp8_op(
         Part(k, ring_k8, weight_k, rotate=True, scale=scale_k, write=write),
     ]
     if ring_v is not None:
-        parts.append(Part(v, ring_v, write=write))
+        parts.append(Part(v, ring_v, scale=scale_v, write=write))
     prepare_rows(parts, num_heads, rope, eps, layout)
     return out
 
@@ -337,8 +350,9 @@ def cases() -> list[Case]:
 
 def _fp8_case(
     name: str, tokens: int, slots: Slots, write: int, heads: int, head_dim: int, batch: int = 1, *,
-    mixed: bool, small: bool = True,
+    values: torch.dtype | None, small: bool = True,
 ) -> Case:  # fmt: skip
+    """`values`: the dtype in which they are kept, None to leave them out."""
     dtype = torch.float32 if small else torch.bfloat16
     block = _block_inputs(tokens, slots.length, write, heads, head_dim, dtype, batch)
 
@@ -346,21 +360,25 @@ def _fp8_case(
         given: dict[str, Any] = block(device, generator)
         ring_k, ring_v = given.pop("ring_k"), given.pop("ring_v")
         scales = {f"scale_{name}": static_scales(given[f"weight_{name}"], heads) for name in ("q", "k")}
-        return given | scales | {"ring_k8": ring_k.to(E4M3), "ring_v": ring_v if mixed else None, "slots": slots}
+        if values == E4M3:
+            scales["scale_v"] = torch.full((heads,), 100.0, device=device)
+        kept = None if values is None else ring_v.to(values)
+        return given | scales | {"ring_k8": ring_k.to(E4M3), "ring_v": kept, "slots": slots}
 
-    values = batch * tokens * heads * head_dim
-    moved = values * (10 if mixed else 6) + tokens * head_dim * 4
+    moved = tokens * (batch * heads * head_dim * (6 + (2 + values.itemsize if values else 0)) + head_dim * 4)
     return Case(name, inputs, 0, 0 if small else moved, small, tolerance=5e-2)
 
 
 def fp8_cases() -> list[Case]:
-    """A streaming block of LiveAvatar 14B with values in bfloat16 and without; slots with padding."""
-    ring, padded = Slots(4, 3168, 3200), Slots(3, 5, 8)
+    """A streaming block of LiveAvatar 14B with values in bfloat16, in e4m3 and without; slots with padding."""
+    ring, padded, half = Slots(4, 3168, 3200), Slots(3, 5, 8), torch.bfloat16
     return [
-        _fp8_case("liveavatar-14b", 3168, ring, 2 * 3168, 40, 128, mixed=True, small=False),
-        _fp8_case("liveavatar-14b, no values", 3168, ring, 2 * 3168, 40, 128, mixed=False, small=False),
-        _fp8_case("a padded slot", 5, padded, 5, 3, 32, 2, mixed=True),
-        _fp8_case("over the end", 5, padded, 12, 2, 64, mixed=False),
+        _fp8_case("liveavatar-14b", 3168, ring, 2 * 3168, 40, 128, values=half, small=False),
+        _fp8_case("liveavatar-14b, no values", 3168, ring, 2 * 3168, 40, 128, values=None, small=False),
+        _fp8_case("liveavatar-14b, e4m3 values", 3168, ring, 2 * 3168, 40, 128, values=E4M3, small=False),
+        _fp8_case("a padded slot", 5, padded, 5, 3, 32, 2, values=half),
+        _fp8_case("e4m3 values", 5, padded, 3, 3, 32, 2, values=E4M3),
+        _fp8_case("over the end", 5, padded, 12, 2, 64, values=None),
     ]
 
 

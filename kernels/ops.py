@@ -2,6 +2,7 @@
 
 from .adaln import adaln, adaln_fp8
 from .attention_fp8 import attention_fp8
+from .attention_joined import attention_joined, attention_joined_fp8
 from .audio_residual import audio_residual
 from .causal_conv3d import causal_conv3d, conv2d, next_history
 from .channel_norm import channel_norm, channel_norm_silu
@@ -23,6 +24,8 @@ __all__ = [
     "adaln_fp8",
     "apply_rope",
     "attention_fp8",
+    "attention_joined",
+    "attention_joined_fp8",
     "audio_residual",
     "causal_conv3d",
     "channel_norm",

@@ -23,7 +23,7 @@ from torch import Tensor
 from .cases import Case, Op, randn
 from .dispatch import fused, triton_runs
 from .launch import launched
-from .rows import Tile, rounded, row_major, store_fp8, stream_piece, tile, triton_dtype
+from .rows import Tile, gelu_tanh, rounded, row_major, store_fp8, stream_piece, tile, triton_dtype
 
 Granularity = Literal["tensor", "row"]
 FP8_MAX = 448.0
@@ -48,8 +48,7 @@ def _quantize(
     for i in tl.static_range(PIECES):
         v = stream_piece(x + row * x_row, i, DIM, BLOCK)
         if GELU:
-            # 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)),  u = sqrt(2 / pi) (v + 0.044715 v^3)
-            v = rounded(v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v))), DTYPE)
+            v = rounded(gelu_tanh(v), DTYPE)
         values += (v,)
     store_fp8(x8 + row * DIM, descale + row, values, DIM, PIECES, BLOCK)
 

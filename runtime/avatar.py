@@ -1,6 +1,7 @@
 """The thing that people hold: a loaded model that turns pictures and voices into talking videos."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 
 from .errors import InputError
 from .inputs import AudioInput, ImageInput, as_picture, as_sound
-from .media.writer import VideoWriter
-from .placement.single import SingleDevice
+from .placement.base import Engine, Placement
+from .placement.engines import SinglePlacement
 from .preprocess import image_pixels, select_size
 from .session import Session
 from .systems.liveavatar import BlockStream, LiveAvatarSystem
@@ -19,6 +20,7 @@ from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
 
 FILE_SOUND_RATE = 48_000  # samples per second of the sound of a file in the video
 SMALLEST, LARGEST = 64, 2048  # pixels a side
+PORTRAIT = (704, 384)  # (height, width) that is warmed up where the model has no size: a 9:16 picture's
 Progress = Callable[[int, int], None]
 
 
@@ -33,6 +35,8 @@ class Video:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an MP4 (H.264, AAC). Errors: InputError for another ending, OutputError when it cannot be written."""
+        from .media.writer import VideoWriter  # PyAV is needed for files only
+
         height, width = self.frames.shape[1:3]
         with VideoWriter(path, width, height, self.fps, self.audio_rate) as writer:
             for start in range(0, len(self.frames), self.fps):  # second by second, so that the streams interleave
@@ -44,9 +48,11 @@ class Video:
 class Avatar:
     """A loaded model; make one with `load`. Several sessions may run side by side, each holds its own state."""
 
-    def __init__(self, name: str, system: LiveAvatarSystem):
+    def __init__(self, name: str, system: LiveAvatarSystem, placement: Placement | None = None):
+        """`placement`: where sessions run; None for plain steps on the device of the models."""
         self.name = name
         self.system = system
+        self.placement: Placement = placement or SinglePlacement(system)
 
     @property
     def mode(self) -> GenerationMode:
@@ -71,7 +77,8 @@ class Avatar:
         if unknown:
             known = ", ".join(GenerationMode.__dataclass_fields__)
             raise InputError(f"a mode has no option {', '.join(sorted(unknown))}; it has {known}")
-        return Avatar(self.name, replace(self.system, mode=replace(self.mode, **changes)))
+        system = replace(self.system, mode=replace(self.mode, **changes))
+        return Avatar(self.name, system, self.placement)
 
     def video_size(self, picture: np.ndarray, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) of the video of a picture [H, W, 3]: `size`, the model's own, or near the picture's shape."""
@@ -98,7 +105,9 @@ class Avatar:
         """Open an endless video of the person in `image` (a path, a PIL image or uint8 RGB [H, W, 3]).
 
         `seed`: same seed, same frames; `steps`: denoising steps, None for the mode's; `size`: (height, width) in
-        pixels, None to choose. The picture is scaled and cropped at the centre to that size.
+        pixels, None to choose. The picture is scaled and cropped at the centre to that size. With placement "captured"
+        the first session of a size and number of steps compiles (a minute at 14B) unless `warm_up` did; close sessions,
+        so that the next one finds it.
         Errors: InputError for a picture, seed, number of steps or size that cannot be used.
         """
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -107,18 +116,40 @@ class Avatar:
         picture = as_picture(image)
         height, width = self.video_size(picture, size)
 
-        def open_blocks() -> BlockStream:
-            dit, vae = self.system.dit, self.system.vae
-            context = self.system.encode_prompt(prompt)
-            return BlockStream(
-                vae,
-                mode,
-                image_pixels(picture, height, width).to(dit.device),
-                lambda grid: SingleDevice(dit, context, mode, grid),
-                SeededDraws(seed, mode, dit.dtype, dit.device),
-            )
+        factor = self.system.vae.config.spatial_factor
+        grid = height // factor, width // factor
 
-        return Session(open_blocks, self.system.audio_features(mode), mode, (height, width))
+        def open_engine() -> Engine:
+            return self.placement.open(self.system.encode_prompt(prompt), mode, grid)
+
+        def open_blocks(engine: Engine) -> BlockStream:
+            dit = self.system.dit
+            pixels = image_pixels(picture, height, width).to(dit.device)
+            draws = SeededDraws(seed, mode, dit.dtype, dit.device)
+            return BlockStream(engine.vae, mode, pixels, lambda _: engine.denoiser, draws)
+
+        return Session(open_engine, open_blocks, self.system.audio_features(mode), mode, (height, width))
+
+    def warm_up(self, size: tuple[int, int] | None = None, *, steps: int | None = None, sessions: int = 1) -> float:
+        """Do now what the first sessions would: compile, record and tune everything for `size` (height, width), None
+        for the model's own, and `steps`. Returns the seconds that it took.
+
+        That many `sessions` of this size can then be open at once without another compilation; their memory stays
+        taken. With placement "single" there is nothing to compile, and only kernels and libraries are loaded.
+        Errors: InputError as `stream`, and for a number of sessions below 1.
+        """
+        if sessions < 1:
+            raise InputError(f"{sessions} sessions cannot be made ready; pass 1 or more")
+        started = time.perf_counter()
+        self.placement.keep(sessions)
+        height, width = size or self.system.size or PORTRAIT
+        grey = np.full((height, width, 3), 128, np.uint8)
+        opened = [self.stream(grey, size=(height, width), steps=steps) for _ in range(sessions)]
+        opened[0].feed(np.zeros(1, np.float32))
+        opened[0].finish()
+        for session in opened:
+            session.close()
+        return time.perf_counter() - started
 
     def generate(
         self,

@@ -13,7 +13,6 @@ from .errors import InputError
 from .load import load
 from .placement.captured import CapturedBlock
 from .systems.liveavatar_mode import STREAM, GenerationMode
-from .systems.liveavatar_step import BlockInputs
 
 PRECISIONS = ("float32", "bf16", "fp8")
 PUBLISHED = "liveavatar-14b"
@@ -32,21 +31,13 @@ def compiled_step(name: str, precision: str, size: tuple[int, int] | None = None
     height, width = size or own
     if height % PIXELS or width % PIXELS or height <= 0 or width <= 0:
         raise InputError(f"a video cannot be {width}x{height}; both sides must be positive multiples of {PIXELS}")
-    grid, config = (height // 8, width // 8), dit.config
+    grid = height // 8, width // 8
     fp8 = precision == "fp8"
     recipe = Recipe(fp8=fp8, expect=("concatenate", "fuse", "quantise", "emit") if fp8 else ("concatenate", "fuse"))
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dit.dtype, device=dit.device)
-
     with torch.inference_mode():
         ring = RingFormat(dit.dtype, "fp8" if fp8 else None)
-        block = CapturedBlock(dit, zeros(1, config.text_dim), mode, grid, recipe, ring)
-        block.condition(zeros(1, config.in_dim, 1, *grid), zeros(1, config.in_dim, sum(config.motion_buckets), *grid))
-        frames = config.num_frames_per_block
-        audio = zeros(1, config.audio_layers, config.audio_dim, mode.frames_per_latent * frames)
-        inputs = BlockInputs(0, audio, (mode.far_distance,) * mode.steps)
-        return block.compile(zeros(1, config.in_dim, frames, *grid), inputs)
+        prompt = torch.zeros(1, dit.config.text_dim, dtype=dit.dtype, device=dit.device)
+        return CapturedBlock(dit, prompt, mode, grid, recipe, ring).compile()
 
 
 def _model(name: str, precision: str) -> tuple[LiveAvatar, GenerationMode, tuple[int, int]]:

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .media.audio import read_audio
 from .media.images import read_image
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -50,6 +49,8 @@ def as_sound(audio: AudioInput, model_rate: int, file_rate: int) -> tuple[np.nda
     or wrongly typed sound.
     """
     if isinstance(audio, str | os.PathLike):
+        from .media.audio import read_audio  # PyAV is needed for files only
+
         return read_audio(Path(audio), model_rate), read_audio(Path(audio), file_rate), file_rate
     samples = as_samples(audio)
     if not len(samples):

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import torch
 
     from .avatar import Avatar
+    from .systems.liveavatar import LiveAvatarSystem
 
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
 MODELS = {
     "tiny": "the embedded model: drawn faces, no download, no prompt",
     "liveavatar-14b": "LiveAvatar on Wan2.2-S2V-14B; pass checkpoint=FOLDER",
 }
-PRECISIONS = ("float32", "bfloat16")
-PLACEMENTS = ("auto", "single")
+PRECISIONS = ("float32", "bfloat16", "fp8")
+PLACEMENTS = ("auto", "single", "captured")
 
 
 def load(
@@ -35,8 +36,11 @@ def load(
     """Load a model by its name (`MODELS`), or a folder that `python -m kinora.train.tiny` wrote.
 
     - `checkpoint`: the folder of the published files, for models that are not embedded.
-    - `precision`: "float32" or "bfloat16"; "auto" is float32 for small models and bfloat16 for the published ones.
-    - `placement`: "single" (all on one device); "auto" chooses it.
+    - `precision`: "float32", "bfloat16", or "fp8": bfloat16 with the transformer's linear layers in e4m3, a scale a
+      token and an output channel (`graphs.quantize` says which stay). "auto" is float32 for small models and bfloat16
+      for the published ones.
+    - `placement`: "single" (the plain steps on one device) or "captured" (compiled, on a GPU as CUDA graphs; the first
+      session of a size pays for that, see `Avatar.warm_up`); "auto" is captured on CUDA and single elsewhere.
     - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
 
     Errors: InputError for an unknown name or option (with what there is), CheckpointError for missing files or
@@ -46,10 +50,10 @@ def load(
     _check_choice("placement", placement, PLACEMENTS)
     import torch
 
-    from .avatar import Avatar
     from .systems.embedded import CONFIG_FILE, load_embedded
 
-    dtype: torch.dtype | None = None if precision == "auto" else getattr(torch, precision)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
+    dtype = dtypes.get(precision)
     target, name = pick_device(device), os.fspath(name_or_path)
     if name == "liveavatar-14b":
         if checkpoint is None:
@@ -59,13 +63,33 @@ def load(
             raise CheckpointError(f"there is no folder {folder}; pass the folder of Wan2.2-S2V-14B")
         from .systems.liveavatar_checkpoint import load_published
 
-        return Avatar(name, load_published(folder, dtype or torch.bfloat16, target))
+        return _avatar(name, load_published(folder, dtype or torch.bfloat16, target), precision, placement)
     if checkpoint is not None:
         raise InputError(f"{name} takes no checkpoint; pass the folder itself as the name, or a model of: {_names()}")
     folder = TINY_FOLDER if name == "tiny" else Path(name)
     if name != "tiny" and not (folder / CONFIG_FILE).is_file():
         raise InputError(f"there is no model {name!r}; known are {_names()}, or a folder with a {CONFIG_FILE}")
-    return Avatar(folder.name, load_embedded(folder, dtype or torch.float32, target))
+    return _avatar(folder.name, load_embedded(folder, dtype or torch.float32, target), precision, placement)
+
+
+def _avatar(name: str, system: "LiveAvatarSystem", precision: str, placement: str) -> "Avatar":
+    """Quantise, and choose where the sessions run."""
+    import torch
+
+    from ..graphs.quantize import quantize_linears
+    from .avatar import Avatar
+    from .placement.engines import CapturedPlacement, SinglePlacement
+
+    dit, on_gpu = system.dit, system.dit.device.type == "cuda"
+    if precision == "fp8":
+        quantize_linears(dit, granularity="row")
+        if on_gpu:
+            torch.cuda.empty_cache()  # the bfloat16 weights' memory
+    windowed = dit.config.local_attn_size != -1  # which a static ring does not have
+    if placement == "captured" and windowed:
+        raise InputError(f"{name} has a local attention window, which cannot be captured; use placement='single'")
+    captured = placement == "captured" or (placement == "auto" and on_gpu and not windowed)
+    return Avatar(name, system, CapturedPlacement(system) if captured else SinglePlacement(system))
 
 
 def _names() -> str:

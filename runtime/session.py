@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .inputs import as_samples
+from .placement.base import Engine
 from .systems.audio_features import AudioFeatures
 from .systems.liveavatar import BlockStream, frames_to_bytes
 from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
@@ -34,12 +35,14 @@ class Session:
     """One endless video, opened by `Avatar.stream`. Its memory does not grow, however long it runs.
 
     Frame i belongs to the sound at i / `fps` seconds. The frames do not depend on how the sound is cut into pieces.
-    `size` is (height, width) in pixels. As a context manager it closes itself.
+    `size` is (height, width) in pixels. As a context manager it closes itself. `open_engine` gives what it runs on
+    (the prompt is read there), `open_blocks` starts the video on it.
     """
 
     def __init__(
         self,
-        open_blocks: Callable[[], BlockStream],
+        open_engine: Callable[[], Engine],
+        open_blocks: Callable[[Engine], BlockStream],
         features: AudioFeatures,
         mode: GenerationMode,
         size: tuple[int, int],
@@ -53,7 +56,13 @@ class Session:
         self._finished = False
         self._first_frame: float | None = None
         with torch.inference_mode():
-            self._blocks: BlockStream | None = open_blocks()
+            self._engine: Engine | None = open_engine()
+            try:
+                with self._engine.turn:
+                    self._blocks: BlockStream | None = open_blocks(self._engine)
+            except BaseException:
+                self._engine.release()
+                raise
             # features [K, C, n] of frames that do not fill a block yet
             self._pending = features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
         self._opening = time.perf_counter() - started
@@ -91,9 +100,10 @@ class Session:
         return np.concatenate(last)[: total - made]
 
     def close(self) -> None:
-        """Free the session's memory; frames that `finish` would have given are lost."""
-        self._blocks = None
-        self._finished = True
+        """Free the session's memory, or keep what was compiled for the next one; what `finish` would give is lost."""
+        engine, self._engine, self._blocks, self._finished = self._engine, None, None, True
+        if engine is not None:
+            engine.release()
 
     def __enter__(self) -> "Session":
         return self
@@ -111,13 +121,14 @@ class Session:
     def _run(self, extract: Callable[[Tensor], Tensor], samples: Tensor) -> np.ndarray:
         """Features of `samples` -> frames of the blocks that are now complete."""
         started = time.perf_counter()
-        assert self._blocks is not None
+        assert self._blocks is not None and self._engine is not None
         self._pending = torch.cat((self._pending, extract(samples)), -1)
         frames, step = [np.empty((0, *self.size, 3), np.uint8)], self.mode.block_frames
         while self._pending.shape[-1] >= step:
-            _, shown = self._blocks.next(self._pending[None, ..., :step])
+            with self._engine.turn:
+                _, shown = self._blocks.next(self._pending[None, ..., :step])
+                frames.append(frames_to_bytes(shown).cpu().numpy())
             self._pending = self._pending[..., step:].clone()
-            frames.append(frames_to_bytes(shown).cpu().numpy())
             self._frames += len(frames[-1])
             if self._first_frame is None and self._frames:
                 self._first_frame = self._opening + self._working + time.perf_counter() - started

@@ -11,6 +11,7 @@ from kinora.graphs.quantize import quantize_linears
 from kinora.graphs.rewrite.recipe import NothingMatched, Recipe
 from kinora.runtime.placement.captured import CapturedBlock
 from kinora.runtime.placement.single import SingleDevice
+from kinora.runtime.placement.static_stream import BlockShape
 from kinora.runtime.systems.liveavatar_mode import GenerationMode
 from kinora.runtime.systems.liveavatar_step import BlockInputs
 from torch import Tensor
@@ -74,7 +75,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(("actors", "pose"), [(1, False), (1, True), (2, False)])
 def test_float32_is_the_plain_stream(actors: int, pose: bool) -> None:
     dit = model(torch.float32)
-    found, wanted = both(dit, blocks(7, actors, pose))
+    shape = BlockShape(actors, masked=actors > 1, pose=pose)
+    found, wanted = both(dit, blocks(7, actors, pose), shape=shape)
     assert error(found, wanted) < 1e-5
 
 
@@ -83,12 +85,27 @@ def test_bfloat16_keeps_every_rounding_point() -> None:
     assert error(found, wanted) < 2e-3  # the caches join their segments in another order
 
 
-@pytest.mark.parametrize("values", ["fp8", "mixed"])
+@pytest.mark.parametrize("values", ["fp8", "mixed", "joined"])
 def test_fp8_caches_and_layers_stay_close(values: str) -> None:
     dit = model(torch.bfloat16)
     quantize_linears(dit, granularity="row")
     found, wanted = both(dit, blocks(5), ring=RingFormat(torch.bfloat16, values))  # type: ignore[arg-type]
     assert 0 < error(found, wanted) < 5e-2
+
+
+def test_a_joined_cache_hands_e4m3_to_the_next_product() -> None:
+    """Its attention rounds to e4m3 itself: nothing is quantised again, and nothing changes but that."""
+    dit = model(torch.bfloat16)
+    quantize_linears(dit, granularity="row")
+    inputs, ring = blocks(4), RingFormat(torch.bfloat16, "joined")
+    emitting = CapturedBlock(dit, torch.ones(5, 16), MODE, GRID, ring=ring)
+    plain = CapturedBlock(dit, torch.ones(5, 16), MODE, GRID, ring=ring, recipe=Recipe(emit=False))
+    with torch.inference_mode():
+        found, wanted = run(emitting, inputs, dit), run(plain, inputs, dit)
+    assert emitting.program is not None
+    made = next(report for report in emitting.program.reports if report.name == "emit")
+    assert sum("attention_joined" in line for line in made.lines) == CONFIG.num_layers
+    assert error(found, wanted) < 3e-2
 
 
 def test_the_compiler_quantises_like_the_model() -> None:
@@ -124,10 +141,57 @@ def test_another_shape_needs_a_new_stream() -> None:
     compiled = CapturedBlock(dit, torch.randn(5, 16), MODE, GRID)
     with torch.inference_mode():
         run(compiled, blocks(1), dit)
-        with pytest.raises(ValueError, match="new stream"):
+        with pytest.raises(ValueError, match=r"pose .*new stream"):
             compiled.denoise(*blocks(1, pose=True)[0])
         x, block = blocks(1)[0]
-        with pytest.raises(ValueError, match="actor mask"):
+        with pytest.raises(ValueError, match=r"actor mask .*new stream"):
             compiled.denoise(x, replace(block, actor_mask=torch.ones(1, 12, GRID[0] // 2, GRID[1] // 2, 1)))
+        with pytest.raises(ValueError, match=r"audio .*new stream"):
+            compiled.denoise(x, replace(block, audio=block.audio[..., :8]))
     with pytest.raises(RuntimeError, match="condition"):
         CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).denoise(*blocks(1)[0])
+    windowed = LiveAvatar(replace(CONFIG, local_attn_size=6))
+    with pytest.raises(ValueError, match="single"):
+        CapturedBlock(windowed, torch.randn(5, 16), MODE, GRID)
+
+
+@pytest.mark.parametrize("values", [None, "fp8", "mixed"])
+def test_a_new_stream_begins_in_the_same_buffers(values: str | None) -> None:
+    """What an earlier stream left, NaN included, does not reach the next; nothing is compiled or allocated again."""
+    dtype = torch.float32 if values is None else torch.bfloat16
+    dit, ring = model(dtype), RingFormat(dtype, values)  # type: ignore[arg-type]
+    first, second, inputs = torch.randn(5, 16), torch.randn(3, 16), blocks(3)
+    with torch.inference_mode():
+        wanted = run(CapturedBlock(dit, second, MODE, GRID, ring=ring), inputs, dit)
+        used = CapturedBlock(dit, first, MODE, GRID, ring=ring)
+        run(used, blocks(4), dit)
+        x, block = blocks(1)[0]
+        assert used.denoise(torch.full_like(x, torch.nan), block).isnan().all()
+        program, places = used.program, {t.data_ptr() for t in used.text_inputs.tensors}
+        used.begin(second)
+        with pytest.raises(RuntimeError, match="condition"):
+            used.denoise(*blocks(1)[0])
+        found = run(used, inputs, dit)
+    assert torch.equal(found, wanted)
+    assert used.program is program and {t.data_ptr() for t in used.text_inputs.tensors} == places
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_joined_weights_are_held_once(quantised: bool) -> None:
+    """Every weight has one storage after two streams were compiled, and the model's own names still work."""
+    dit = model(torch.bfloat16)
+    if quantised:
+        quantize_linears(dit, granularity="row")
+    before = {name: value.clone() for name, value in dit.state_dict().items()}
+    own = sum(t.nbytes for t in (*dit.parameters(), *dit.buffers()))
+    with torch.inference_mode():
+        programs = [CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).compile() for _ in range(2)]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*dit.parameters(), *dit.buffers())}
+    assert sum(held.values()) == own
+    for program in programs:
+        assert {report.name: report.matches for report in program.reports}["concatenate"] == CONFIG.num_layers
+        for name, value in program.module.named_buffers():
+            if "+2" in name.replace("_", "+"):  # q with k and v
+                assert value.untyped_storage().data_ptr() in held
+    for name, value in dit.state_dict().items():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name

@@ -11,6 +11,7 @@ from kinora.bench.attention_stream import Shape, Stream
 from kinora.kernels import (
     attention_cudnn,
     attention_fp8,
+    attention_joined,
     attention_table,
     dispatch,
     fp8_values,
@@ -270,6 +271,25 @@ def test_cache_ops_pass_opcheck(kernel_device: torch.device) -> None:
     inputs = kv_cache.cases()[1].inputs(kernel_device, torch.Generator().manual_seed(0))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.kinora.qkv_norm_rope.default, (*inputs.values(), 1e-6), test_utils=checks)
+
+
+@pytest.mark.parametrize("case", [c for c in attention_joined.cases() if c.small], ids=lambda c: c.name)
+def test_a_joined_fp8_cache(case: Case, kernel_device: torch.device) -> None:
+    """Near the attention over what the e4m3 numbers stand for; on a GPU cuDNN's is near the reference too."""
+    if not attention_joined.available(kernel_device):
+        pytest.skip("needs nvidia-cudnn-frontend on a Hopper GPU")
+    inputs = case.inputs(kernel_device, torch.Generator().manual_seed(0))
+    found = attention_joined.attention_joined(**inputs)
+    assert relative(found, attention_joined.reference(**inputs)) <= case.tolerance
+    q8, k8, v8, length, scales = inputs.values()
+    q, k, v = (x.float() * scales[i] for i, x in enumerate((q8, k8, v8)))
+    assert relative(found, plain(q, [k], [v], [None], [int(length)])) < 6e-2
+    out8, descale = attention_joined.attention_joined_fp8(**inputs)
+    torch.testing.assert_close((out8.float() * descale[..., None]).to(found.dtype), found, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must be e4m3"):
+        attention_joined.attention_joined(q, k8, v8, length, scales)
+    with pytest.raises(ValueError, match="do not fit"):
+        attention_joined.attention_joined(q8, k8[:, :, :1], v8, length, scales)
 
 
 # The table

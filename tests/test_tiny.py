@@ -16,8 +16,8 @@ from kinora.runtime.faces import motion_from_audio, mouth_opening
 from kinora.runtime.load import TINY_FOLDER
 from kinora.runtime.media import read_audio, read_video
 from kinora.runtime.media.video import Clip
+from media_files import write_sound
 from safetensors import safe_open
-from test_media import write_sound
 
 RATE, FPS = 16_000, 25
 SEED = 5

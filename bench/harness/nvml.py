@@ -71,7 +71,8 @@ class GpuMonitor:
             nvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             monitor = cls(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
-            monitor._read()  # a GPU that refuses one of the readings is told now
+            for reading in (monitor._read, monitor.driver, monitor.limits):
+                reading()  # a GPU that refuses one of them is told now
         except Exception:  # no package, no library, no permission: measurements go on without it
             return None
         return monitor

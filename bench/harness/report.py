@@ -18,7 +18,7 @@ from .nvml import GpuMonitor, Load
 from .roofline import Roofline
 
 SCHEMA = 1
-PACKAGES = ("kinora", "torch", "triton", "diffusers", "nvidia-ml-py", "numpy")
+PACKAGES = ("kinora", "torch", "triton", "torchao", "diffusers", "nvidia-cudnn-frontend", "nvidia-ml-py", "numpy")
 
 Status = Literal["ok", "refused", "failed", "unavailable"]
 """refused: the check of the result failed; failed: an error; unavailable: this machine or build does not have it."""

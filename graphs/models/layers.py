@@ -26,7 +26,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return ops.linear(x, self.weight.to(dtype), bias)
+        # a weight that torchao quantised has no `to` in inference mode
+        weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
+        return ops.linear(x, weight, bias)
 
 
 class PatchConv(nn.Conv3d):

@@ -12,7 +12,7 @@ D width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,12 @@ __all__ = [
 ]
 
 NOISY, REFERENCE, MOTION = range(3)  # rows of `trainable_cond_mask`
+
+
+class StoreLayer(Protocol):
+    """Takes one layer of a prefill: keys before rotation and values [B, C, H, d], their rotary table [C, d/2, 2]."""
+
+    def __call__(self, layer: int, kept: KeyValue, /, rope: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,31 @@ class LiveAvatar(nn.Module):
         ref_latents [B, 16, 1, h, w], motion_latents [B, 16, T, h, w] (the last 19 count). `drop_motion_frames` hides
         the motion frames: their tokens and their rotation are zero here, their mask row stays (2.7).
         """
+        kept: list[KeyValue] = []
+        motion_rope = self.prefill_layers(
+            ref_latents,
+            motion_latents,
+            text,
+            lambda _, layer, rope: kept.append(layer),
+            drop_motion_frames=drop_motion_frames,
+            add_last_motion=add_last_motion,
+        )
+        return ConditionCache(tuple(kept), self._grid(ref_latents, "ref_latents"), motion_rope, self.config.rope_dtype)
+
+    def prefill_layers(
+        self,
+        ref_latents: Tensor,
+        motion_latents: Tensor,
+        text: TextState,
+        store: StoreLayer,
+        *,
+        drop_motion_frames: bool = False,
+        add_last_motion: int = 2,
+    ) -> Tensor:
+        """`prefill` that hands over each layer as it is made, so that no second copy of all layers is held.
+
+        Returns the motion tokens' rows of the rotary table, unhidden.
+        """
         reference, motion, motion_rope = self.embed_condition(ref_latents, motion_latents, add_last_motion)
         grid = self._grid(ref_latents, "ref_latents")
         rope = condition_table(motion_rope, 0, grid, self.config.rope_dtype)
@@ -235,10 +266,15 @@ class LiveAvatar(nn.Module):
             rope = torch.cat((rope[: -motion_rope.shape[0]], torch.zeros_like(motion_rope)))
         x = torch.cat((reference, motion + self._mask_row(MOTION, motion.dtype)), 1)
         still = self.embed_time(torch.zeros(1, 1, device=x.device))
-        kept: list[KeyValue] = []
-        for block, context in zip(self.layers, text.layers, strict=True):
-            x = block(x, still.e0, context, partial(block.self_attn.prefill, rope=rope, store=kept.append))
-        return ConditionCache(tuple(kept), grid, motion_rope, self.config.rope_dtype)
+        for i, (block, context) in enumerate(zip(self.layers, text.layers, strict=True)):
+            keep = partial(store, i, rope=rope)
+            x = block(x, still.e0, context, partial(block.self_attn.prefill, rope=rope, store=keep))
+        return motion_rope
+
+    def condition_tokens(self, grid: tuple[int, int]) -> int:
+        """C: reference and packed motion tokens of a prefill for a grid of (rows, columns) patches."""
+        segments = self.frame_packer.segments(2 * grid[0], 2 * grid[1])
+        return grid[0] * grid[1] + sum(segment.tokens for segment in segments)
 
     def forward_block(
         self,

@@ -2,37 +2,61 @@
 
 Where a block stands is on the device (`Position`), so that one graph serves the growing and the rolling ring. The
 condition keys lie rotated beside the ring; only the reference's rows move with the stream and are rotated anew for each
-step. Two formats: bfloat16 (or float32), and e4m3 keys with e4m3 or bfloat16 values.
+step. Three formats: bfloat16 (or float32); e4m3 keys with e4m3 or bfloat16 values in slots; both e4m3 in one buffer.
 
 Legend: S ring rows, C condition tokens, P tokens of a frame (the reference), L tokens of a block, H heads, d head size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.attention_fp8 import Fp8Segment, Values, attention_fp8
-from ...kernels.kv_cache import JoinedCache, qkv_norm_rope, qkv_norm_rope_fp8, rotate_rows_into, static_scales
-from .liveavatar_cache import ConditionCache, KeyValue, Projected
+from ...kernels.attention_joined import attention_joined, joined_scales
+from ...kernels.kv_cache import (
+    E4M3,
+    JoinedCache,
+    qkv_norm_rope,
+    qkv_norm_rope_fp8,
+    quantize_heads,
+    rotate_rows_into,
+    static_scales,
+)
+from ...kernels.qk_rows import Slots
+from .liveavatar_cache import KeyValue, Projected
 
 
 @dataclass(frozen=True)
 class Position:
-    """Int32 [1] on the device: ring row where the block is written, and rows that are valid once it is."""
+    """Int32 [1] on the device: ring row where the block is written; rows that are valid once it is, in the ring and
+    with the condition before it."""
 
     write: Tensor
     length: Tensor
+    keys: Tensor
 
     @classmethod
-    def of(cls, block: Tensor, tokens: int, capacity: int) -> "Position":
-        """For block number `block` (int64 [1]) of `tokens` tokens in a ring of `capacity` rows; no host read."""
+    def zero(cls, device: torch.device) -> "Position":
+        return cls(*(torch.zeros(1, dtype=torch.int32, device=device) for _ in range(3)))
+
+    @classmethod
+    def of(cls, block: Tensor, tokens: int, capacity: int, condition_tokens: int) -> "Position":
+        """For block number `block` (int64 [1]) of `tokens` tokens in a ring of `capacity` rows; no host read.
+
+        Before block 0 nothing is valid; what is written there lies where a later block comes before it is attended.
+        """
         slots = capacity // tokens
         write = (block % slots) * tokens
-        length = (block + 1).clamp(max=slots) * tokens
-        return cls(write.int(), length.int())
+        length = (block + 1).clamp(0, slots) * tokens
+        return cls(write.int(), length.int(), (condition_tokens + length).int())
+
+    def move(self, other: "Position") -> None:
+        for own, new in ((self.write, other.write), (self.length, other.length), (self.keys, other.keys)):
+            own.copy_(new)
 
 
 @dataclass(frozen=True)
@@ -45,11 +69,20 @@ class PlainMemory:
     position: Position
 
     def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        return self.attend_joined(_joined(projected), projected, rope)
+
+    def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
+        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring_k, ring_v = self.cache.ring
-        k, v = self.cache.condition
-        rotate_rows_into(self.reference, self.reference_rope, k)
-        q = qkv_norm_rope(*_norming(projected, rope), ring_k, ring_v, self.position.write, *_shape(projected))
-        return ops.rope_attention(q, [k, ring_k], [v, ring_v], lengths=[None, self.position.length])
+        rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0])
+        norms = by.weight_q, by.weight_k, rope
+        q = qkv_norm_rope(qkv, *norms, ring_k, ring_v, self.position.write, by.num_heads, by.eps)
+        return ops.rope_attention(q, [self.cache.k], [self.cache.v], lengths=[self.position.keys])
+
+    def clear(self) -> None:
+        """Forget: what an earlier stream left could hold NaN, which a masked row would still hand on."""
+        for ring in self.cache.ring:
+            ring.zero_()
 
 
 @dataclass(frozen=True)
@@ -66,97 +99,216 @@ class Fp8Memory:
     qk_descale: Tensor
 
     def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        return self.attend_joined(_joined(projected), projected, rope)
+
+    def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
+        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring, mixed = self.ring, self.ring.v_descale is None
         self.condition.rotate_keys(self.reference, self.reference_rope, self.scale_k)
         q = qkv_norm_rope_fp8(
-            *_norming(projected, rope),
+            qkv,
+            by.weight_q,
+            by.weight_k,
+            rope,
             ring.k8,
             ring.v if mixed else None,
             self.position.write,
             self.scale_q,
             self.scale_k,
             ring.slots,
-            *_shape(projected),
+            by.num_heads,
+            by.eps,
         )
         if not mixed:
-            ring.store_values(projected.heads(projected.v), self.position.write)
+            ring.store_values(by.heads(qkv.chunk(3, -1)[2]), self.position.write)
         return attention_fp8(q, [self.condition, ring.with_length(self.position.length)], self.qk_descale)
 
+    def clear(self) -> None:
+        """Forget, as `PlainMemory.clear`; of the keys nothing beyond the valid rows counts."""
+        self.ring.v.zero_()
+        if self.ring.v_descale is not None:
+            self.ring.v_descale.fill_(1)
 
-def _norming(projected: Projected, rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    qkv = torch.cat((projected.q, projected.k, projected.v), -1)  # the compiler makes one product of it
-    return qkv, projected.weight_q, projected.weight_k, rope
+
+HEADROOM = 8.0
+"""How much larger than any value of the condition a value of the stream may be before it saturates."""
 
 
-def _shape(projected: Projected) -> tuple[int, float]:
-    return projected.num_heads, projected.eps
+@dataclass(frozen=True)
+class JoinedFp8Memory:
+    """The same in one buffer with one scale a tensor, which cuDNN reads; the values' scale follows from the condition.
+
+    `scale_*` float32 [H], each of equal numbers; `scales` as `joined_scales` makes them, zeros until there is a
+    condition.
+    """
+
+    cache: JoinedCache
+    reference: Tensor
+    reference_rope: Tensor
+    position: Position
+    scale_q: Tensor
+    scale_k: Tensor
+    scale_v: Tensor
+    scales: Tensor
+
+    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        return self.attend_joined(_joined(projected), projected, rope)
+
+    def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
+        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
+        ring_k, ring_v = self.cache.ring
+        rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0], self.scale_k)
+        rows = ring_k.shape[1]
+        q8 = qkv_norm_rope_fp8(
+            qkv,
+            by.weight_q,
+            by.weight_k,
+            rope,
+            ring_k,
+            ring_v,
+            self.position.write,
+            self.scale_q,
+            self.scale_k,
+            Slots(1, rows, rows),
+            by.num_heads,
+            by.eps,
+            self.scale_v,
+        )
+        return attention_joined(q8, self.cache.k, self.cache.v, self.position.keys, self.scales)
+
+    def store_condition(self, k: Tensor, v: Tensor, rope: Tensor) -> None:
+        """Keys before rotation and values [1, C, H, d]; a stream's first condition sets the scale of its values."""
+        kept_k, kept_v = self.cache.condition
+        rotate_rows_into(k, rope, kept_k, self.scale_k)
+        fresh = 448.0 / (HEADROOM * v.float().abs().amax().clamp(min=1e-12))
+        self.scale_v.copy_(torch.where(self.scales[2] == 0, fresh, self.scale_v))
+        # a weighted mean of values is no larger than they are, and mostly much smaller
+        one = self.scale_v[:1]
+        self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4)))
+        kept_v.copy_(quantize_heads(v, self.scale_v))
+
+    def clear(self) -> None:
+        for ring in self.cache.ring:
+            ring.zero_()
+        self.scales.zero_()
+
+
+LayerMemory = PlainMemory | Fp8Memory | JoinedFp8Memory
+
+
+@dataclass(frozen=True)
+class BatchedMemory:
+    """One layer's memories of several samples of a batch, each with its own ring, condition and place in its stream."""
+
+    samples: list[LayerMemory]
+
+    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        """Sample by sample: projected [B, L, D] each, rope [B, L, d/2, 2] -> [B, L, H, d]."""
+        qkv = _joined(projected)
+        return torch.cat(
+            [memory.attend_joined(qkv[i : i + 1], projected, rope[i]) for i, memory in enumerate(self.samples)]
+        )
+
+
+def _joined(projected: Projected) -> Tensor:
+    return torch.cat((projected.q, projected.k, projected.v), -1)  # the compiler makes one product of it
 
 
 @dataclass(frozen=True)
 class RingFormat:
-    """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3
-    ("fp8") or bfloat16 ("mixed")."""
+    """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3 in
+    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined")."""
 
     dtype: torch.dtype = torch.bfloat16
-    values: Values | None = None
+    values: Values | Literal["joined"] | None = None
 
 
 @dataclass
 class StreamMemory:
-    """All layers' memories of one condition: rings of every step, and the condition, which the steps share.
+    """All layers' memories of one stream: rings of every step, and the condition.
 
     The steps of a block run one after another, so the reference rows, rotated anew by each step, need one buffer.
     """
 
-    layers: list[list[PlainMemory | Fp8Memory]]  # [step][layer]
+    layers: list[list[LayerMemory]]  # [step][layer]
     reference_ropes: list[Tensor]  # [step], written before the step runs
 
     @classmethod
     def allocate(
         cls,
         norms: Sequence[tuple[Tensor, Tensor]],
-        position: Position,
+        positions: Sequence[Position],
         *,
-        steps: int,
         reference_tokens: int,
         condition_tokens: int,
         block_tokens: int,
         blocks: int,
         num_heads: int,
         ring: RingFormat,
+        own_conditions: bool = False,
     ) -> "StreamMemory":
-        """Zeros for `blocks` blocks a ring. `norms`: (q, k) weights [D] of every layer's attention."""
+        """Zeros for `blocks` blocks a ring. `norms`: (q, k) weights [D] of every layer's attention; `positions`: of
+        every step. `own_conditions`: each step keeps the condition for itself, so that it can change step by step."""
         device, head_dim = norms[0][0].device, norms[0][0].numel() // num_heads
-        ropes = [torch.zeros(reference_tokens, head_dim // 2, 2, device=device) for _ in range(steps)]
-        layers: list[list[PlainMemory | Fp8Memory]] = [[] for _ in range(steps)]
+        ropes = [torch.zeros(reference_tokens, head_dim // 2, 2, device=device) for _ in positions]
+        places = list(zip(ropes, positions, strict=True))
+        layers: list[list[LayerMemory]] = [[] for _ in positions]
+        sizes = (1, condition_tokens, blocks * block_tokens, num_heads, head_dim)
+
+        def kept() -> Tensor:
+            return torch.zeros(1, reference_tokens, num_heads, head_dim, dtype=ring.dtype, device=device)
+
         for weight_q, weight_k in norms:
-            reference = torch.zeros(1, reference_tokens, num_heads, head_dim, dtype=ring.dtype, device=device)
+            shared = None if own_conditions else kept()
             if ring.values is None:
-                sizes = (1, condition_tokens, blocks * block_tokens, num_heads, head_dim)
-                for step, rope in enumerate(ropes):
+                for step, place in enumerate(places):
                     cache = JoinedCache.allocate(*sizes, dtype=ring.dtype, device=device)
-                    layers[step].append(PlainMemory(cache, reference, rope, position))
+                    layers[step].append(PlainMemory(cache, kept() if shared is None else shared, *place))
+                continue
+            if ring.values == "joined":
+                one_q, one_k = (static_scales(w, 1).expand(num_heads).contiguous() for w in (weight_q, weight_k))
+                for step, place in enumerate(places):
+                    cache = JoinedCache.allocate(*sizes, dtype=E4M3, device=device)
+                    rest = (torch.zeros(n, device=device) for n in (num_heads, 7))  # scale_v, scales
+                    reference = kept() if shared is None else shared
+                    layers[step].append(JoinedFp8Memory(cache, reference, *place, one_q, one_k, *rest))
                 continue
             scale_q, scale_k = static_scales(weight_q, num_heads), static_scales(weight_k, num_heads)
+            scales = (scale_q, scale_k, 1.0 / (scale_q * scale_k))
             shape = (num_heads, head_dim, ring.values)
-            condition = Fp8Segment.allocate(1, 1, condition_tokens, *shape, device=device)
-            for step, rope in enumerate(ropes):
+            condition: Fp8Segment | None = None
+            for step, place in enumerate(places):
+                if condition is None or own_conditions:
+                    condition = Fp8Segment.allocate(1, 1, condition_tokens, *shape, device=device)
                 own = Fp8Segment.allocate(1, blocks, block_tokens, *shape, device=device)
-                scales = (scale_q, scale_k, 1.0 / (scale_q * scale_k))
-                layers[step].append(Fp8Memory(own, condition, reference, rope, position, *scales))
+                reference = kept() if shared is None else shared
+                layers[step].append(Fp8Memory(own, condition, reference, *place, *scales))
         return cls(layers, ropes)
 
-    def store_condition(self, condition: ConditionCache) -> None:
-        """Take in a prefill's keys and values, rotated with the reference where an unshifted stream has it."""
-        rope = condition.rope(0)
-        for step in self.layers:
-            for memory, layer in zip(step, condition.layers, strict=True):
-                _store(memory, layer, rope)
+    def store(self, layer: int, kept: KeyValue, rope: Tensor, step: int | None = None) -> None:
+        """Take in a layer's condition: keys before rotation and values [1, C, H, d] of a prefill, and the table `rope`
+        with the reference where an unshifted stream has it. For one step (with its own condition), or for all."""
+        seen: set[int] = set()
+        for memories in self.layers if step is None else [self.layers[step]]:
+            memory = memories[layer]
+            if isinstance(memory, Fp8Memory):
+                if id(memory.condition) in seen:
+                    continue  # the steps share it
+                seen.add(id(memory.condition))
+            _store(memory, kept, rope)
+
+    def clear(self) -> None:
+        """Forget all blocks, for a new stream."""
+        for memories in self.layers:
+            for memory in memories:
+                memory.clear()
 
 
-def _store(memory: PlainMemory | Fp8Memory, layer: KeyValue, rope: Tensor) -> None:
+def _store(memory: LayerMemory, layer: KeyValue, rope: Tensor) -> None:
     memory.reference.copy_(layer.k[:, : memory.reference.shape[1]])
-    if isinstance(memory, PlainMemory):
+    if isinstance(memory, JoinedFp8Memory):
+        memory.store_condition(layer.k, layer.v, rope)
+    elif isinstance(memory, PlainMemory):
         k, v = memory.cache.condition
         rotate_rows_into(layer.k, rope, k)
         v.copy_(layer.v)

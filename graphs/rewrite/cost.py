@@ -53,6 +53,12 @@ def _attention_fp8(node: fx.Node) -> float:
     return 4.0 * batch * queries * heads * size * rows
 
 
+def _attention_joined(node: fx.Node) -> float:
+    """The same with all keys [B, L, H, d] in one tensor."""
+    batch, queries, heads, size = value_of(operands(node)[0]).shape
+    return 4.0 * batch * queries * heads * size * value_of(operands(node)[1]).shape[1]
+
+
 def _sdpa(node: fx.Node) -> float:
     """q [..., Lq, d], k [..., L, d]."""
     q, k = (value_of(part) for part in operands(node)[:2])
@@ -75,6 +81,8 @@ FLOPS: dict[Any, Callable[[fx.Node], float]] = {
     K.fp8_matmul.default: _product,
     K.rope_attention.default: _attention,
     K.attention_fp8.default: _attention_fp8,
+    K.attention_joined.default: _attention_joined,
+    K.attention_joined_fp8.default: _attention_joined,
     ATEN.scaled_dot_product_attention.default: _sdpa,
     ATEN.linear.default: _product,
     ATEN.matmul.default: _matmul,

@@ -1,5 +1,6 @@
 """LiveAvatar's passes as programs: the denoising step over static memories, and the prefill of the condition."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +9,22 @@ from torch import Tensor
 from ...kernels.attention_fp8 import Fp8Segment
 from ...kernels.kv_cache import JoinedCache
 from ..models.liveavatar import AudioState, LiveAvatar, TextState, TimeState
-from ..models.liveavatar_memory import Fp8Memory, PlainMemory, Position
+from ..models.liveavatar_cache import Memory
+from ..models.liveavatar_memory import BatchedMemory, Fp8Memory, JoinedFp8Memory, PlainMemory, Position
 from .program import Argument, Program, trace
 
-for _node in (TimeState, TextState, AudioState, Position, JoinedCache, Fp8Segment, PlainMemory, Fp8Memory):
+for _node in (
+    TimeState,
+    TextState,
+    AudioState,
+    Position,
+    JoinedCache,
+    Fp8Segment,
+    PlainMemory,
+    Fp8Memory,
+    JoinedFp8Memory,
+    BatchedMemory,
+):
     torch.export.register_dataclass(_node)
 
 
@@ -21,7 +34,7 @@ def trace_step(
     time: TimeState,
     text: TextState,
     audio: AudioState,
-    memories: list[PlainMemory | Fp8Memory],
+    memories: Sequence[Memory],
     rope: Tensor,
     cond_states: Tensor | None = None,
     mask: Tensor | None = None,
@@ -38,7 +51,7 @@ def trace_step(
             "time": Argument(time, "schedule"),
             "text": Argument(text, "prompt"),
             "audio": Argument(audio, "block"),
-            "memories": Argument(memories, "step"),
+            "memories": Argument(list(memories), "step"),
             "rope": Argument(rope, "block"),
             "cond_states": Argument(cond_states, "block"),
             "mask": Argument(mask, "prompt"),

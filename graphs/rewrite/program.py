@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...kernels import dispatch
 from .work import Work
@@ -103,7 +104,9 @@ def trace(function: Callable[..., Any], arguments: Mapping[str, Argument], model
     """Trace `function(**arguments)`, whose result is a tensor or a tuple of tensors, for the shapes of `arguments`.
 
     `model` names the weights in reports. Runs on fake tensors: nothing is computed, and no memory is taken.
+    TypeError for a model whose weights are tensor subclasses, as torchao makes them.
     """
+    _check_plain(model)
     specs: dict[str, pytree.TreeSpec] = {}
     leaves: dict[str, list[Any]] = {}
     tensors: list[Tensor] = []
@@ -135,6 +138,15 @@ def trace(function: Callable[..., Any], arguments: Mapping[str, Argument], model
         if node.op == "get_attr":
             node.meta["weight"] = names.get(id(constant(module, node)), str(node.target))
     return Program(module, specs)
+
+
+def _check_plain(model: nn.Module | None) -> None:
+    for name, weight in [] if model is None else model.named_parameters():
+        if is_traceable_wrapper_subclass(weight):
+            raise TypeError(
+                f"weight {name} is a {type(weight).__name__}; the compiler rewrites plain tensors only. Quantise with "
+                "Recipe(fp8=True) or quantize_linears, or run this model uncaptured or through torch.compile"
+            )
 
 
 @contextmanager

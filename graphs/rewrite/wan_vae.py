@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture import record
+from ..capture import Pool, record
 from ..models.wan_vae import WanVae
 from ..models.wan_vae_blocks import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
 from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Stage, Up, WindowConv
@@ -54,13 +54,13 @@ class _Stream(ABC):
             frames = count
         return frames
 
-    def _capture(self, static: Tensor) -> None:
+    def _capture(self, static: Tensor, pool: Pool | None) -> None:
         """Record `_compute(static)` as it runs in the middle of a stream; the stream starts anew."""
         if not static.is_cuda:
             raise RuntimeError(f"CUDA graphs need a GPU, this stream lies on {static.device}; step() works without")
         self._graph = None
         self.first = False
-        self._graph = record(lambda: self._compute(static), static.device)
+        self._graph = record(lambda: self._compute(static), static.device, pool=pool)
         self.reset()
 
     @abstractmethod
@@ -125,12 +125,12 @@ class StreamingDecoder(_Stream):
         return self.frames[:, :, : self._advance(latents, self.latents)]
 
     @torch.no_grad()
-    def capture(self) -> None:
+    def capture(self, pool: Pool | None = None) -> None:
         """Record the steady step of all `latents` frames as a CUDA graph, which `step` then replays; starts anew.
 
-        RuntimeError without a GPU.
+        `pool`: working memory shared with other graphs, None for its own. RuntimeError without a GPU.
         """
-        self._capture(self.latents)
+        self._capture(self.latents, pool)
 
     def _compute(self, given: Tensor) -> int:
         count = given.shape[2]
@@ -182,12 +182,12 @@ class StreamingEncoder(_Stream):
         return self.latents[:, :, : self._advance(video, self.video)]
 
     @torch.no_grad()
-    def capture(self) -> None:
+    def capture(self, pool: Pool | None = None) -> None:
         """Record the steady step of 4 * `latents` frames as a CUDA graph, which `step` then replays; starts anew.
 
-        RuntimeError without a GPU.
+        `pool`: working memory shared with other graphs, None for its own. RuntimeError without a GPU.
         """
-        self._capture(self.video)
+        self._capture(self.video, pool)
 
     def _compute(self, given: Tensor) -> int:
         place = self.stages[0].inlet(given.shape[2], self.first).raw

@@ -14,6 +14,7 @@ from ...graphs.models.liveavatar import LiveAvatar
 from ...graphs.models.wan_vae import WanVae
 from ..errors import CheckpointError
 from .audio_features import AudioFeatures
+from .codec import VideoCodec
 from .liveavatar_conditions import PoseTrack, motion_latents, reference_latent
 from .liveavatar_decode import ClipDecoder, StreamDecoder
 from .liveavatar_draws import Draws
@@ -66,7 +67,7 @@ class BlockStream:
 
     def __init__(
         self,
-        vae: WanVae,
+        vae: VideoCodec,
         mode: GenerationMode,
         pixels: Tensor,
         place: Callable[[tuple[int, int]], Denoiser],

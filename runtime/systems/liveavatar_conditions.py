@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ...graphs.models.wan_vae import WanVae
 from ..preprocess.pose import pose_clip
+from .codec import VideoCodec
 from .liveavatar_mode import GenerationMode
 
 
@@ -12,13 +12,13 @@ def still_video(pixels: Tensor, frames: int) -> Tensor:
     return pixels[None, :, None].expand(1, 3, frames, *pixels.shape[1:])
 
 
-def reference_latent(vae: WanVae, pixels: Tensor, mode: GenerationMode) -> Tensor:
+def reference_latent(vae: VideoCodec, pixels: Tensor, mode: GenerationMode) -> Tensor:
     """The one latent frame [1, 16, 1, h, w] of the picture [3, H, W] that conditions the model."""
     latents = vae.encode(still_video(pixels, mode.reference_frames))
     return latents[:, :, mode.reference_index : mode.reference_index + 1]
 
 
-def motion_latents(vae: WanVae, pixels: Tensor, mode: GenerationMode) -> Tensor:
+def motion_latents(vae: VideoCodec, pixels: Tensor, mode: GenerationMode) -> Tensor:
     """Latents [1, 16, T, h, w] of the picture standing still for `mode.motion_frames`."""
     return vae.encode(still_video(pixels, mode.motion_frames))
 
@@ -26,7 +26,7 @@ def motion_latents(vae: WanVae, pixels: Tensor, mode: GenerationMode) -> Tensor:
 class PoseTrack:
     """Pose latents, clip by clip, of pose frames uint8 [N, h, w, 3] that were picked at the video's rate."""
 
-    def __init__(self, vae: WanVae, frames: Tensor, mode: GenerationMode, size: tuple[int, int]):
+    def __init__(self, vae: VideoCodec, frames: Tensor, mode: GenerationMode, size: tuple[int, int]):
         self.vae = vae
         self.frames = frames
         self.mode = mode

@@ -6,7 +6,8 @@ Both decoders take one block at a time and drop the first frames of the video. F
 import torch
 from torch import Tensor
 
-from ...graphs.models.wan_vae import DecoderState, WanVae
+from ...graphs.models.wan_vae import DecoderState
+from .codec import StreamCodec, VideoCodec
 from .liveavatar_conditions import still_video
 from .liveavatar_mode import GenerationMode
 
@@ -14,7 +15,7 @@ from .liveavatar_mode import GenerationMode
 class StreamDecoder:
     """Decodes with caches that live as long as the video, warmed by the start of the motion latents."""
 
-    def __init__(self, vae: WanVae, motion: Tensor, mode: GenerationMode):
+    def __init__(self, vae: StreamCodec, motion: Tensor, mode: GenerationMode):
         self.vae = vae
         self.state = DecoderState()
         vae.decode_stream(motion[:, :, : mode.warm_latents], self.state)
@@ -34,7 +35,7 @@ class ClipDecoder:
     `mode.motion_frames` pixel frames after at most `mode.slide_frames` of each clip have been slid in.
     """
 
-    def __init__(self, vae: WanVae, pixels: Tensor, motion: Tensor, mode: GenerationMode):
+    def __init__(self, vae: VideoCodec, pixels: Tensor, motion: Tensor, mode: GenerationMode):
         self.vae = vae
         self.mode = mode
         self.window = still_video(pixels, mode.motion_frames)

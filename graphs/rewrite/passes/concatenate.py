@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ..nodes import E4M3, K, calls, drop, finish, insert, operands, weight_node
+from ...joined_weights import cat_rows, joined_view
+from ..nodes import K, calls, drop, finish, insert, operands, weight_node
 from ..program import Program, Report, constant, value_of
 
 PRODUCTS: dict[Any, int] = {K.linear.default: 1, K.fp8_matmul.default: 2}
@@ -14,7 +15,10 @@ SLICE = torch.ops.aten.slice.Tensor
 
 
 def concatenate(program: Program) -> Report:
-    """Linear layers of one input whose results are concatenated become one product."""
+    """Linear layers of one input whose results are concatenated become one product.
+
+    Weights that already lie side by side (`graphs.joined_weights`) are taken as they are, others are copied.
+    """
     report = Report("concatenate")
     for cat in calls(program, torch.ops.aten.cat.default):
         parts, *axes = operands(cat)
@@ -86,11 +90,6 @@ def _join(program: Program, column: tuple[Any, ...]) -> fx.Node | None:
     if column[0] is None:
         return None
     name = f"{column[0].meta['weight']}+{len(column) - 1}"
-    return weight_node(program, name, _cat([constant(program.module, node).detach() for node in column]))
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    """Joined along the first axis; e4m3 as bytes, which every PyTorch can join."""
-    if tensors[0].dtype != E4M3:
-        return torch.cat(tensors)
-    return torch.cat([t.view(torch.uint8) for t in tensors]).view(E4M3)
+    parts = [constant(program.module, node).detach() for node in column]
+    view = joined_view(parts)  # already side by side: no copy
+    return weight_node(program, name, cat_rows(parts) if view is None else view)

@@ -37,7 +37,8 @@ def emit(program: Program) -> Report:
         if made is None:
             continue
         report.add(f"{x.name} leaves its kernel in e4m3", node)
-        x8, descale = made if reader is node else (_shaped(node, part) for part in made)
+        widths = value_of(source(node)).shape[-1], 1
+        x8, descale = (_shaped(node, part, width) for part, width in zip(made, widths, strict=True))
         _hand_over(program, node, {0: x8, 1: descale})
     finish(program)
     return report
@@ -51,9 +52,11 @@ def _hand_over(program: Program, node: fx.Node, results: dict[int, fx.Node]) -> 
     drop(program, node)
 
 
-def _shaped(node: fx.Node, part: fx.Node) -> fx.Node:
-    """A result of another kernel with the rows that `node` quantises."""
-    shape = [*value_of(source(node)).shape[:-1], value_of(part).shape[-1]]
+def _shaped(node: fx.Node, part: fx.Node, width: int) -> fx.Node:
+    """A result of another kernel with the rows that `node` quantises, of `width` numbers each."""
+    shape = [*value_of(source(node)).shape[:-1], width]
+    if list(value_of(part).shape) == shape:
+        return part
     return insert(node, torch.ops.aten.view.default, (part, shape), like(part, *shape))
 
 
@@ -63,13 +66,16 @@ def _passes_rows_on(x: fx.Node) -> bool:
         return value_of(x).dtype == torch.bfloat16 and value_of(source(x)).dtype == torch.float32
     if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default):
         return False
+    if source(x).target is K.attention_joined.default:
+        return True  # it has one scale for all heads
     return value_of(x).shape[-1] == value_of(source(x)).shape[-1]
 
 
 def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
     """`x` in e4m3 and its descales, made by its own kernel; None where that cannot.
 
-    These kernels round to bfloat16 first, as a linear layer in bfloat16 rounds a float32 input.
+    These kernels round to bfloat16 first, as a linear layer in bfloat16 rounds a float32 input; attention over a joined
+    cache has made e4m3 already.
     """
     if value_of(x).dtype not in (torch.bfloat16, torch.float32):
         return None
@@ -79,6 +85,9 @@ def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
         return outputs(x, K.gelu_quantize_rows.default, args[:1], *values)
     if x.target is K.adaln.default:
         return outputs(x, K.adaln_fp8.default, args[:5], *values)
+    if x.target is K.attention_joined.default:
+        descale = like(x, *value_of(x).shape[:2], 1, dtype=torch.float32)
+        return outputs(x, K.attention_joined_fp8.default, args, values[0], descale)
     call = args[0] if x.target is operator.getitem else None
     if not isinstance(call, fx.Node) or call.target is not K.residual_norm.default or args[1] != 1:
         return None
