@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
 from ..graphs.models.wan_vae import BF16, WAN21_VAE, WanVae
+from ..graphs.quantize import quantize_linears
 from ..runtime.export import export, prepare, tolerance
 from ..runtime.faces import draw_portrait
 from ..runtime.load import load
@@ -60,19 +61,24 @@ class RandomFeatures:
 
 
 def tiny(device: torch.device, precision: str) -> Case:
-    system = load("tiny", precision=precision, device=str(device)).system
+    system = load("tiny", precision=precision, placement="single", device=str(device)).system
     assert system.size is not None
     return Case(system, system.size)
 
 
-def two_layers(device: torch.device) -> Case:
-    """The first two layers of LiveAvatar 14B, with audio after the first, and the published VAE; random weights."""
+def two_layers(device: torch.device, fp8: bool = False) -> Case:
+    """The first two layers of LiveAvatar 14B, with audio after the first, and the published VAE; random weights.
+
+    `fp8`: linear layers in e4m3, as `load(precision="fp8")` makes them.
+    """
     config = replace(LIVEAVATAR_14B, num_layers=2, audio_inject_layers=(0,))
     torch.manual_seed(0)
     with device:
         dit = LiveAvatar(config).to(torch.bfloat16).eval().requires_grad_(False)
         vae = WanVae(WAN21_VAE, BF16).eval().requires_grad_(False)
         prompt = torch.randn(24, config.text_dim, dtype=torch.bfloat16)
+    if fp8:
+        quantize_linears(dit, granularity="row")
     mode = replace(STREAM, motion_frames=25)
     system = LiveAvatarSystem(
         dit,
@@ -150,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--blocks", type=int, default=4, help="blocks of each stream; the first one warms up")
-    parser.add_argument("--only", help="one case by its name")
+    parser.add_argument("--only", help="one case by its name: tiny float32, tiny bfloat16, two layers of 14B, ...")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -163,7 +169,11 @@ def main() -> int:
     if device.type == "cuda":
         cases["tiny bfloat16"] = lambda: tiny(device, "bfloat16")
         cases["two layers of 14B"] = lambda: two_layers(device)
+        cases["two layers of 14B, fp8"] = lambda: two_layers(device, fp8=True)
     chosen = {name: make for name, make in cases.items() if arguments.only in (None, name)}
+    if not chosen:
+        print(f"there is no case {arguments.only!r}; choose one of {', '.join(cases)}", file=sys.stderr)
+        return 2
     found, failures = [], []
     with tempfile.TemporaryDirectory() as folder:
         program = build(device, Path(folder))

@@ -109,7 +109,7 @@ def trace_step(
         first = block[0] * frames
         shift = (first - (REFERENCE_FRAME - distance[0])).clamp(min=0)
         reference_rope = condition_table(motion_rope, shift, grid, dit.config.rope_dtype)
-        position = Position.of(block, tokens, capacity)
+        position = Position.of(block, tokens, capacity, condition[0].k.shape[1])
         memories = [
             ArgumentMemory(ring, layer, reference_rope, position) for ring, layer in zip(rings, condition, strict=True)
         ]

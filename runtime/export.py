@@ -16,6 +16,7 @@ from ..graphs.export import Part, named, package, trace_decode, trace_step
 from ..graphs.models.liveavatar import ConditionCache, LiveAvatar, TextState
 from ..graphs.models.liveavatar_cache import KeyValue
 from ..graphs.models.wan_vae import DecoderState
+from ..graphs.quantize import Fp8Linear
 from .errors import InputError
 from .inputs import ImageInput, as_picture, as_samples
 from .placement.single import SingleDevice
@@ -173,8 +174,11 @@ def export(
 def tolerance(system: LiveAvatarSystem) -> float:
     """Largest relative L2 error of a package against PyTorch after several blocks of a stream.
 
-    Convolutions of float32 may run in TF32 on a GPU, and another layout then rounds elsewhere.
+    Convolutions of float32 may run in TF32 on a GPU, and another layout then rounds elsewhere; in FP8 a value that
+    differs by one rounding may be quantised to the next step.
     """
+    if any(isinstance(module, Fp8Linear) for module in system.dit.modules()):
+        return 1e-1
     if system.dit.dtype != torch.float32:
         return 5e-2
     return 1e-5 if system.dit.device.type == "cpu" else 5e-3

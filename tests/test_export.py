@@ -21,7 +21,7 @@ from kinora.kernels.registry import registry
 from kinora.runtime import load
 from kinora.runtime.cli import main
 from kinora.runtime.errors import InputError
-from kinora.runtime.export import PreparedStream, export, prepare, traced
+from kinora.runtime.export import PreparedStream, export, prepare, tolerance, traced
 from kinora.runtime.faces import draw_portrait
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
 from kinora.runtime.systems.liveavatar_mode import Decoding
@@ -250,6 +250,26 @@ def test_the_saved_stream_holds_what_the_packages_take(
         for name, tensor in traced(system, stream, part).inputs.items():
             if name not in changing and not name.startswith("rings."):
                 assert saved[name].shape == tensor.shape and saved[name].dtype == tensor.dtype
+
+
+def test_the_lowered_step_of_an_fp8_model(tmp_path: Path) -> None:
+    """Its layers stay in FP8 and come close to the plain step; the limit is the widest."""
+    system = load(write_model(tmp_path / "model"), precision="fp8", placement="single", device="cpu").system
+    stream = prepare(system, np.asarray(draw_portrait(3)), np.ones(9, np.float32), (SIDE, SIDE), blocks=1)
+    part = traced(system, stream, "step")
+    assert sum("fp8_matmul" in str(node.target) for node in part.program.graph.nodes) > 10
+    inputs = part.inputs | {"timestep": torch.tensor([700.0]), "distance": torch.tensor([9])}
+    wanted = system.dit.forward_block(
+        inputs["x"],
+        system.dit.embed_time(torch.tensor([[700.0]])),
+        stream.text,
+        system.dit.encode_audio(inputs["audio"]),
+        stream.condition,
+        RollingCache.allocate(system.dit.config, 16, dtype=torch.bfloat16),
+        0,
+        0,
+    )
+    assert relative(Lowered(part.program.module)(*inputs.values()), wanted) < tolerance(system) == 1e-1
 
 
 def test_what_cannot_be_exported_is_told(system: LiveAvatarSystem, stream: PreparedStream) -> None:

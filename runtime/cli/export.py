@@ -46,7 +46,7 @@ def aoti(
     model: Model = "tiny",
     part: Annotated[Part, typer.Option(help="The denoising step, the decoder, or both.")] = Part.all,
     device: Annotated[str, typer.Option(help="What the packages run on: auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16; auto is the model's own.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or fp8; auto is the model's own.")] = "auto",
     checkpoint: Checkpoint = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture of the stream; a drawn face.")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", "-a", help="Sound of the stream; a rising tone.")] = None,
@@ -80,7 +80,7 @@ def aoti(
     from ..faces import draw_portrait
     from ..load import load
 
-    avatar = load(model, checkpoint=checkpoint, precision=precision, device=device)
+    avatar = load(model, checkpoint=checkpoint, precision=precision, placement="single", device=device)
     picture = np.asarray(draw_portrait(0)) if picture is None else picture
     stream = prepare(
         avatar.system,
