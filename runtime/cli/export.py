@@ -13,7 +13,7 @@ from ..media.audio import read_audio
 from ..media.images import read_image
 from .options import Debug, Overwrite, check_overwrite, parse_size
 
-app = typer.Typer(help="Write a model for programs that are not Python.", no_args_is_help=True)
+app = typer.Typer(help="Write a model for programs that are not Python.")
 
 MODEL_RATE = 16_000  # samples per second that a model hears
 TONE_SECONDS = 4
