@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
 from .qk_rows import rotate_pairs
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -205,7 +206,7 @@ def forward(
     tables = [None if r is None else r.float().contiguous() for r in ropes]
     on_load = any(table is not None for table in tables)
     tiles = tiles or choose_tiles(values[0].dtype, head_dim, sum(k.shape[1] for k in keys), on_load)
-    _forward_kernel[(triton.cdiv(queries, tiles.block_m), batch * heads)](
+    launched(_forward_kernel)[(triton.cdiv(queries, tiles.block_m), batch * heads)](
         q,
         tuple(keys),
         tuple(values),

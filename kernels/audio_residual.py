@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cases import Case, Op, randn
 from .dispatch import autograd_by_reference, fused, triton_runs
+from .launch import launched
 from .rows import rounded, row_major, store_piece, stream_piece, tile, triton_dtype
 
 
@@ -76,7 +77,7 @@ def _audio_residual(x: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
     out = x.new_empty(x.shape)
     tiling = tile(dim)
     if batch * length:
-        _sum[(batch * length,)](
+        launched(_sum)[(batch * length,)](
             x,
             residual,
             None if mask is None else mask.contiguous(),

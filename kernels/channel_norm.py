@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .cases import Case, Inputs, Op, randn
 from .dispatch import fused, triton_runs
+from .launch import launched
 
 FLOOR = tl.constexpr(1e-12)
 BACKWARD_PROGRAMS = 1024  # each sums its share of the gradient of gamma
@@ -156,7 +157,7 @@ def launch(
     def strides(view: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0, 0) if view is None else view.stride()[:4]
 
-    _norm_kernel[(triton.cdiv(height * width, block_p), batch * frames)](
+    launched(_norm_kernel)[(triton.cdiv(height * width, block_p), batch * frames)](
         x,
         gamma,
         residual,

@@ -13,6 +13,7 @@ from torch import Tensor
 from .adaln import check_tables, expand_rows
 from .cases import Case, Op, randn
 from .dispatch import autograd_by_reference, fused, triton_runs
+from .launch import launched
 from .row_norm import table_strides
 from .rows import load_piece, rounded, row_major, store_piece, stream_piece, tile, triton_dtype
 
@@ -66,7 +67,7 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> 
     out = x.new_empty(x.shape, dtype=result_dtype(x, y, gate))
     tiling = tile(dim)
     if batch * length:
-        _sum[(batch * length,)](
+        launched(_sum)[(batch * length,)](
             x,
             y,
             gate,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
 from .rows import Tile, rounded, row_major, tile
 
 FP8_MAX = tl.constexpr(448.0)
@@ -197,7 +198,7 @@ def prepare_rows(
         table = None
     slots = slots or Slots(1, tokens, tokens)
     tiling = tiling or tile(num_heads * head_dim)
-    _rows_kernel[(batch * tokens, len(parts))](
+    launched(_rows_kernel)[(batch * tokens, len(parts))](
         tuple(sources),
         tuple(None if part.weight is None else part.weight.contiguous() for part in parts),
         tuple(table if part.rotate else None for part in parts),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .cases import Case, Op, randn
 from .dispatch import fused, triton_runs
+from .launch import launched
 from .rows import Tile, gelu_tanh, rounded, row_major, store_fp8, stream_piece, tile, triton_dtype
 
 Granularity = Literal["tensor", "row"]
@@ -60,7 +61,7 @@ def launch(x: Tensor, gelu: bool, tiling: Tile | None = None) -> tuple[Tensor, T
     descale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     tiling = tiling or tile(dim)
     if flat.shape[0]:
-        _quantize[(flat.shape[0],)](
+        launched(_quantize)[(flat.shape[0],)](
             flat,
             x8,
             descale,

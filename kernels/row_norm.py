@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
 from .rows import (
     Tile,
     load_piece,
@@ -158,7 +159,7 @@ def forward(
     scaled = torch.promote_types(norm.dtype, scale.dtype)
     shifted = norm.dtype if norm.affine else torch.promote_types(scaled, shift.dtype)
     if batch * length:
-        _forward[(batch * length,)](
+        launched(_forward)[(batch * length,)](
             x,
             y,
             gate,

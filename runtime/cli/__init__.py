@@ -15,6 +15,7 @@ from ..errors import KinoraError
 from .bench import PASS_ON, bench
 from .bundle import bundle
 from .compile import compile
+from .export import app as export
 from .face import face
 from .generate import generate
 from .info import info
@@ -26,6 +27,7 @@ app.command()(face)
 app.command()(info)
 app.command()(inspect)
 app.command()(compile)
+app.add_typer(export, name="export")
 app.command(context_settings=PASS_ON)(bench)
 app.add_typer(bundle, name="bundle")
 
