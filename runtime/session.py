@@ -125,7 +125,7 @@ class Session:
         started = time.perf_counter()
         assert self._blocks is not None and self._engine is not None
         self._pending = torch.cat((self._pending, extract(samples)), -1)
-        frames, step = [np.empty((0, *self.size, 3), np.uint8)], self.mode.block_frames
+        frames, step = list[np.ndarray](), self.mode.block_frames
         while self._pending.shape[-1] >= step:
             with self._engine.turn:
                 _, shown = self._blocks.next(self._pending[None, ..., :step])
@@ -134,5 +134,6 @@ class Session:
             self._frames += len(frames[-1])
             if self._first_frame is None and self._frames:
                 self._first_frame = self._opening + self._working + time.perf_counter() - started
+        made = frames[0] if len(frames) == 1 else np.concatenate((np.empty((0, *self.size, 3), np.uint8), *frames))
         self._working += time.perf_counter() - started
-        return np.concatenate(frames)
+        return made

@@ -20,7 +20,7 @@ from kinora.runtime.media import read_video
 from kinora.runtime.placement.single import SingleDevice
 from kinora.runtime.placement.timestep_pipeline import SequentialPipeline
 from kinora.runtime.systems.audio_features import SpeechFeatures
-from kinora.runtime.systems.liveavatar import BlockStream
+from kinora.runtime.systems.liveavatar import BlockStream, frames_to_bytes
 from kinora.runtime.systems.liveavatar_draws import SeededDraws
 from kinora.runtime.systems.liveavatar_mode import (
     PIPELINE,
@@ -136,6 +136,18 @@ def test_frames_cover_the_sound_exactly(avatar: Avatar, picture: np.ndarray, sam
     wanted = -(-samples // 640)
     assert video.frames.shape == (wanted, SIDE, SIDE, 3) and video.frames.dtype == np.uint8
     assert seen[-1] == (wanted, wanted) and seen == sorted(seen)
+
+
+def test_bytes_are_laid_out_as_pictures(avatar: Avatar, picture: np.ndarray) -> None:
+    """Strides of the decoder's layout would have the host reorder every byte; a fed block is passed on uncopied."""
+    frames = torch.rand(3, 2, 4, 5) * 2.4 - 1.2
+    shown = frames_to_bytes(frames)
+    wanted = ((frames.numpy().clip(-1, 1) + 1) / 2 * 255).astype(np.uint8).transpose(1, 2, 3, 0)
+    assert shown.is_contiguous() and np.array_equal(shown.numpy(), wanted)
+    with avatar.stream(picture) as session:
+        assert session.feed(sound(0.2)).shape == (0, SIDE, SIDE, 3)
+        made = session.feed(sound(0.6))
+        assert len(made) and made.flags.c_contiguous and made.base is not None, "the tensor's own memory"
 
 
 def test_frames_come_as_soon_as_a_block_is_heard(avatar: Avatar, picture: np.ndarray) -> None:

@@ -131,5 +131,8 @@ class BlockStream:
 
 
 def frames_to_bytes(frames: Tensor) -> Tensor:
-    """[3, n, H, W] in [-1, 1] -> uint8 RGB [n, H, W, 3], truncated as upstream does (liveavatar.md, 3.8)."""
-    return ((frames.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0)
+    """[3, n, H, W] in [-1, 1] -> uint8 RGB [n, H, W, 3], truncated as upstream does (liveavatar.md, 3.8).
+
+    Contiguous: the device reorders the bytes, since a copy to the host keeps strides and the host is slow at it.
+    """
+    return ((frames.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
