@@ -20,6 +20,7 @@ from .harness.run import Unavailable
 
 HALF = (torch.bfloat16, torch.float16)
 FLOAT8_GPU = (8, 9)  # compute capability from which torchao multiplies FP8
+LEAST_MAXIMUM = 1e-12  # of a row that is quantised: torchao divides by it, and the audio's padding token is all zeros
 
 
 def library_calls(op: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -67,7 +68,7 @@ def scaled_product(x8: Tensor, rows: Tensor, weight8: Tensor, columns: Tensor, b
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (e4m3fn [M, K], factor float32 [M, 1] that restores it)."""
-    largest = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12)
+    largest = x.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_MAXIMUM)
     return (x.float() * (448.0 / largest)).to(torch.float8_e4m3fn), largest / 448.0
 
 
@@ -92,14 +93,21 @@ def quantize_by_torchao(model: nn.Module) -> None:
     Unavailable without torchao, and on a device whose FP8 torchao does not use.
     """
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+        from torchao.quantization import quantize_
     except ImportError as error:
         raise Unavailable(f"torchao is not installed ({error})") from error
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FLOAT8_GPU:
         raise Unavailable("torchao multiplies FP8 on a GPU of compute capability 8.9 or later only")
-    # its own settings of the compiler would also hold for what is measured after it
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    quantize_(model, config, filter_fn=takes_fp8)
+    quantize_(model, torchao_fp8(), filter_fn=takes_fp8)
+
+
+def torchao_fp8() -> Any:
+    """torchao's recipe: rows of zeros stay zeros, and the compiler's settings for what is measured after it as well."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), activation_value_lb=LEAST_MAXIMUM, set_inductor_config=False
+    )
 
 
 def diffusers_wan(config: LiveAvatarConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,5 +1,6 @@
 """`torchao.quantize_` on a loaded model: an alternative to our own FP8 layers, and a variant of `kinora bench step`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ from bench_doubles import FAST, pretend_limits
 from kinora.bench import step as bench_step
 from kinora.bench.commands import main
 from kinora.bench.harness.report import Report
+from kinora.bench.models import drawn, inference
+from kinora.bench.peers import torchao_fp8
 from kinora.bench.state import BlockCase, StepCall
+from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.quantize import quantize_linears, takes_fp8
 from kinora.runtime import load
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
+from kinora.runtime.systems.liveavatar_mode import STREAM
 from test_avatar import write_model
 from torch import Tensor, nn
 
@@ -49,6 +54,42 @@ def test_a_loaded_model_runs_quantised(folder: str) -> None:
     picture = torch.randint(255, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy()
     sound = 0.1 * torch.randn(8_000, generator=generator).numpy()
     assert avatar.generate(picture, sound).frames.shape == (13, 64, 64, 3)
+
+
+@torch.no_grad()
+def test_fp8_keeps_rows_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audio's padding token is one; without a lower bound its scale is 0 and the whole flow NaN."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torchao refuses a CPU, although PyTorch's product of scaled rows runs there
+    monkeypatch.setattr(quantization.quant_api, "_check_hardware_support", lambda granularity: None)
+    config = LiveAvatarConfig(
+        dim=64,
+        ffn_dim=128,
+        num_heads=2,
+        num_layers=2,
+        text_dim=32,
+        text_len=16,
+        audio_dim=32,
+        audio_layers=3,
+        audio_inject_layers=(0,),
+    )
+    with drawn(torch.bfloat16, device):
+        dit = inference(LiveAvatar(config))
+    padded: list[Tensor] = []
+    keys = dit.audio_injector.injector[0].k
+    keys.register_forward_pre_hook(lambda module, inputs: padded.append(inputs[0].abs().amax(-1)))
+    mode = replace(STREAM, steps=1)
+
+    def flow() -> Tensor:
+        call = StepCall.prepare(BlockCase.random(dit, mode, (4, 4)))
+        return call(call.case.noises[0]).float()
+
+    expected = flow()
+    assert bool((padded[0] == 0).any()), "the case that this test is about"
+    quantization.quantize_(dit, torchao_fp8(), filter_fn=takes_fp8)
+    assert type(keys.weight).__name__ == "Float8Tensor"
+    error = (flow() - expected).norm() / expected.norm()
+    assert 0 < error < 0.15
 
 
 def test_the_compiler_says_that_it_wants_plain_weights(folder: str) -> None:
