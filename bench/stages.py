@@ -52,13 +52,8 @@ class Stages:
             torch.cuda.synchronize(self.device)
 
     def system(self, system: LiveAvatarSystem) -> LiveAvatarSystem:
-        """The same system, its prompt and its audio timed."""
-        features = system.audio_features
-        return replace(
-            system,
-            encode_prompt=self.timed("prompt", system.encode_prompt),
-            audio_features=lambda mode: TimedFeatures(features(mode), self),
-        )
+        """The same system, its prompt timed."""
+        return replace(system, encode_prompt=self.timed("prompt", system.encode_prompt))
 
     def placement(self, placement: Placement) -> "TimedPlacement":
         return TimedPlacement(placement, self)
@@ -71,13 +66,17 @@ class TimedFeatures:
 
 
 class TimedPlacement:
-    """A placement whose engines are timed."""
+    """A placement whose engines and speech features are timed."""
 
     def __init__(self, placement: Placement, stages: Stages):
         self.turn = placement.turn
         self.keep = placement.keep
         self.stages = stages
+        self._features = placement.audio_features
         self._open = stages.timed("engine", placement.open)
+
+    def audio_features(self, mode: GenerationMode) -> TimedFeatures:
+        return TimedFeatures(self._features(mode), self.stages)
 
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Engine:
         engine = self._open(context, mode, grid)

@@ -14,6 +14,7 @@ from .placement.base import Engine, Placement
 from .placement.engines import SinglePlacement
 from .preprocess import image_pixels, select_size
 from .session import Session
+from .systems.audio_features import AudioFeatures
 from .systems.liveavatar import BlockStream, LiveAvatarSystem
 from .systems.liveavatar_draws import SeededDraws
 from .systems.liveavatar_mode import AUDIO_RATE, GenerationMode
@@ -119,6 +120,9 @@ class Avatar:
         factor = self.system.vae.config.spatial_factor
         grid = height // factor, width // factor
 
+        def open_features() -> AudioFeatures:
+            return self.placement.audio_features(mode)
+
         def open_engine() -> Engine:
             return self.placement.open(self.system.encode_prompt(prompt), mode, grid)
 
@@ -128,7 +132,7 @@ class Avatar:
             draws = SeededDraws(seed, mode, dit.dtype, dit.device)
             return BlockStream(engine.vae, mode, pixels, lambda _: engine.denoiser, draws)
 
-        return Session(open_engine, open_blocks, self.system.audio_features(mode), mode, (height, width))
+        return Session(open_features, open_engine, open_blocks, mode, (height, width))
 
     def warm_up(self, size: tuple[int, int] | None = None, *, steps: int | None = None, sessions: int = 1) -> float:
         """Do now what the first sessions would: compile, record and tune everything for `size` (height, width), None

@@ -37,27 +37,27 @@ class Session:
     """One endless video, opened by `Avatar.stream`. Its memory does not grow, however long it runs.
 
     Frame i belongs to the sound at i / `fps` seconds. The frames do not depend on how the sound is cut into pieces.
-    `size` is (height, width) in pixels. As a context manager it closes itself. `open_engine` gives what it runs on
-    (the prompt is read there), `open_blocks` starts the video on it.
+    `size` is (height, width) in pixels. As a context manager it closes itself. `open_features` gives what hears the
+    sound, `open_engine` what it runs on (the prompt is read there), `open_blocks` starts the video on it.
     """
 
     def __init__(
         self,
+        open_features: Callable[[], AudioFeatures],
         open_engine: Callable[[], Engine],
         open_blocks: Callable[[Engine], BlockStream],
-        features: AudioFeatures,
         mode: GenerationMode,
         size: tuple[int, int],
     ):
         started = time.perf_counter()
         self.mode = mode
         self.size = size
-        self._features = features
         self._samples = 0
         self._frames = 0
         self._finished = False
         self._first_frame: float | None = None
         with torch.inference_mode():
+            self._features = open_features()
             self._engine: Engine | None = open_engine()
             try:
                 with self._engine.turn:
@@ -66,7 +66,7 @@ class Session:
                 self._engine.release()
                 raise
             # features [K, C, n] of frames that do not fill a block yet
-            self._pending = features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
+            self._pending = self._features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
         self._opening = time.perf_counter() - started
         self._working = 0.0
 

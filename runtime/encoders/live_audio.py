@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .audio_windows import FEATURE_RATE, WINDOW_RATE
+from .captured_states import CapturedStates
 from .wav2vec import SAMPLE_RATE, VARIANCE_EPS, Wav2Vec2Encoder
 
 STRIDE = SAMPLE_RATE // FEATURE_RATE  # samples from one encoder frame to the next
@@ -58,13 +59,20 @@ class LiveWindow:
         """Samples heard after a step."""
         return round(self.lookahead_seconds * FEATURE_RATE) * STRIDE
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples that the steps encode: more from step to step until the context is full, and then always as many."""
+        filling = range(math.ceil(self.context / self.hop) + 1)
+        return tuple(self.hop + self.lookahead + min(step * self.hop, self.context) for step in filling)
+
 
 class LiveAudioFeatures:
     """Features per video frame of a growing sound, in the interface that every live front end has.
 
     `encode` is any frame encoder: samples [n] float32 at 16 kHz -> states [K, T, C] at 50 Hz, state k beginning at
-    sample 320 k. The steps lie on a fixed grid of `hop_frames` video frames and a step is computed when its lookahead
-    is complete, so the result does not depend on how the sound is cut into pieces, bit for bit, and memory is flat.
+    sample 320 k, in any floating dtype on any device. The steps lie on a fixed grid of `hop_frames` video frames and a
+    step is computed when its lookahead is complete, so the result does not depend on how the sound is cut into pieces,
+    bit for bit, and memory is flat.
 
     How this differs from the features of a whole file (`s2v_features` + `liveavatar_windows`):
     - a state attends to context + hop + lookahead instead of the whole sound;
@@ -98,7 +106,9 @@ class LiveAudioFeatures:
         self.finished = False
 
     @classmethod
-    def of_wav2vec2(cls, encoder: Wav2Vec2Encoder, window: LiveWindow | None = None) -> "LiveAudioFeatures":
+    def of_wav2vec2(
+        cls, encoder: Wav2Vec2Encoder | CapturedStates, window: LiveWindow | None = None
+    ) -> "LiveAudioFeatures":
         """All hidden states of a wav2vec 2.0: K = layers + 1, C = its width."""
         if encoder.size.stride != STRIDE:
             raise ValueError(f"the encoder steps {encoder.size.stride} samples; live audio needs {STRIDE}")
@@ -153,7 +163,7 @@ class LiveAudioFeatures:
         states = self.encode(self._level(wave) if self.normalise else wave)
         if states.ndim != 3 or (states.shape[0], states.shape[2]) != self.shape:
             raise ValueError(f"the encoder gave {list(states.shape)}, expected [{self.shape[0]}, T, {self.shape[1]}]")
-        features = self._at_frames(states.float().cpu(), start // STRIDE)
+        features = self._at_frames(states, start // STRIDE)
         self.steps += 1
         keep = min(max(0, self.steps * self.window.hop - self.window.context) - self.first, len(self.buffer))
         self.buffer = self.buffer[keep:].clone()  # a slice would keep the whole sound alive
@@ -182,5 +192,7 @@ class LiveAudioFeatures:
         left = place.floor().long()
         right = (left + 1).clamp(max=states.shape[1] - 1)
         weight = (place - left).float()[:, None]
-        picked = torch.lerp(states[:, left], states[:, right], weight)  # [K, hop_frames, C]
+        first = int(left[0])
+        near = states[:, first : int(right[-1]) + 1].float().cpu()  # the context stays on the device
+        picked = torch.lerp(near[:, left - first], near[:, right - first], weight)  # [K, hop_frames, C]
         return picked.transpose(1, 2)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..systems.audio_features import AudioFeatures
 from ..systems.codec import VideoCodec
 from ..systems.liveavatar import Denoiser
 from ..systems.liveavatar_mode import GenerationMode
@@ -35,6 +36,10 @@ class Placement(Protocol):
 
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Engine:
         """An engine for a prompt [n, text_dim] and latents of (rows, columns)."""
+        ...
+
+    def audio_features(self, mode: GenerationMode) -> AudioFeatures:
+        """A fresh extractor of speech features for one video in a mode."""
         ...
 
     def keep(self, sessions: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...graphs.capture import shared_pool
 from ...graphs.rewrite.wan_vae_stages import Scratch
+from ..systems.audio_features import AudioFeatures, CapturableSpeech
 from ..systems.codec import VideoCodec
 from ..systems.liveavatar import Denoiser, LiveAvatarSystem
 from ..systems.liveavatar_mode import GenerationMode
@@ -44,6 +45,9 @@ class SinglePlacement:
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> PlainEngine:
         return PlainEngine(self.system.vae, SingleDevice(self.system.dit, context, mode, grid), self.turn)
 
+    def audio_features(self, mode: GenerationMode) -> AudioFeatures:
+        return self.system.audio_features(mode)
+
     def keep(self, sessions: int) -> None:
         """There is nothing to keep."""
 
@@ -78,7 +82,8 @@ class CapturedEngine:
 
 
 class CapturedPlacement:
-    """A block's steps as one CUDA graph and the VAE's streams as others; on a CPU the same programs, call by call.
+    """A block's steps as one CUDA graph, the VAE's streams and a `CapturableSpeech` as others; on a CPU the same
+    programs, call by call.
 
     Engines are compiled once for each `EngineKey` and used again; a session with another key than the idle ones has its
     own compiled when it opens. Sessions that are open at the same time have an engine each. At most `IDLE_ENGINES` (or
@@ -94,6 +99,8 @@ class CapturedPlacement:
         self.engines: IdlePool[EngineKey, CapturedEngine] = IdlePool(self._build, IDLE_ENGINES)
         self.encoders: IdlePool[tuple[int, int], CapturedEncoder] = IdlePool(self._build_encoder, 1)
         self._scratch_of = (0, 0), Scratch()
+        speech = system.audio_features
+        self._speech = speech.captured(self.memory, self.turn) if isinstance(speech, CapturableSpeech) else speech
         self._rehearsed = False
 
     def open(self, context: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> CapturedEngine:
@@ -103,6 +110,9 @@ class CapturedPlacement:
             engine = self.engines.take(EngineKey.of(mode, grid))
             engine.denoiser.begin(context)
             return engine
+
+    def audio_features(self, mode: GenerationMode) -> AudioFeatures:
+        return self._speech(mode)
 
     def keep(self, sessions: int) -> None:
         with self.turn:
@@ -148,7 +158,7 @@ class CapturedPlacement:
 
     def _rehearse_audio(self, mode: GenerationMode) -> None:
         """The first call of an audio encoder loads its kernels; here, where no one waits for a frame yet."""
-        features = self.system.audio_features(mode)
+        features = self.audio_features(mode)
         features.push(torch.zeros(mode.block_frames * mode.samples_per_frame))
         features.finish()
         self._rehearsed = True

@@ -1,13 +1,17 @@
 """Sound -> speech features at the video's frame rate, piece by piece."""
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ...graphs.capture import Pool
 from ...graphs.models.speech import SpeechFrontEnd, to_video_rate
 from ...graphs.models.speech_features import HOP, MARGIN, levelled_log_mel
+from .liveavatar_mode import GenerationMode
 
 MEL_PER_FRAME = 2  # 50 Hz features, 25 fps video
 FRAME_SAMPLES = MEL_PER_FRAME * HOP
@@ -26,6 +30,20 @@ class AudioFeatures(Protocol):
 
     def finish(self) -> Tensor:
         """The remaining frames, as if silence followed; the object takes no more samples afterwards."""
+        ...
+
+
+@runtime_checkable
+class CapturableSpeech(Protocol):
+    """A front end (mode -> extractor) whose extractors can run as CUDA graphs."""
+
+    def captured(
+        self, memory: Pool | None, turn: AbstractContextManager[object]
+    ) -> Callable[[GenerationMode], AudioFeatures]:
+        """The same values from graphs in shared `memory`, which hold `turn` while they work.
+
+        What a mode needs is recorded before its first extractor is given out.
+        """
         ...
 
 
