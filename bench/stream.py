@@ -2,11 +2,17 @@
 
 Two sessions run one after the other; the first also pays for compiling, tuning and capturing ("cold"), the second finds
 that done ("warm"), as sessions after `Avatar.warm_up` do. A session is opened with a picture; then sound arrives block
-by block, always in time: the times are of work, not of waiting. A third session says where the time goes, stage by
-stage (`stages.py`), in `metrics`: "opening/VAE encode", "first block/denoise", "steady block/VAE decode", ..., seconds.
+by block, always in time: the times are of work, not of waiting. Once in a session the condition is made anew
+(`Resink`): that block's time is in the metric `resink_seconds`, not among the steady ones.
+
+A third session says where the time goes, stage by stage (`stages.py`), in `metrics`: "opening/VAE encode", "first
+block/denoise", "filling block/...", "re-sink block/condition", "steady block/VAE decode", ..., mean seconds of a block.
+".../other" is what no stage counts, such as the frames' way to the host.
 """
 
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +25,7 @@ from ..runtime.avatar import Avatar
 from ..runtime.placement.base import Placement
 from ..runtime.placement.engines import SinglePlacement
 from ..runtime.systems.liveavatar import LiveAvatarSystem
-from ..runtime.systems.liveavatar_mode import AUDIO_RATE
+from ..runtime.systems.liveavatar_mode import AUDIO_RATE, GenerationMode, Resink
 from .captured import captured_placement
 from .harness.report import Result
 from .harness.run import Bench
@@ -33,13 +39,18 @@ STEADY_BLOCKS = 6  # timed in each session after its rolling caches are full
 MOST_SILENT_FEEDS = 50  # blocks of sound without a frame, before something must be wrong
 
 
+OPENING, FIRST, RESINK, STEADY = "opening", "first block", "re-sink block", "steady block"
+FILLING = "filling block"  # until the rolling caches are full
+
+
 @dataclass(frozen=True)
 class Run:
-    """One session, in seconds: its opening, from then to its first frame, and each steady block."""
+    """One session: seconds by phase, of the opening and of each block."""
 
-    opening: float
-    first_frame: float
-    blocks: tuple[float, ...]
+    seconds: dict[str, list[float]]
+
+    def mean(self, phase: str) -> float:
+        return statistics.mean(self.seconds[phase])
 
 
 def bench_stream(bench: Bench, choice: ModelChoice, variants: Sequence[str]) -> None:
@@ -66,16 +77,15 @@ def _measure(bench: Bench, blank: Result, system: LiveAvatarSystem, size: tuple[
     avatar = Avatar(blank.name, system, placement)
     with running_sessions(blank.variant, system), bench.watching() as watch:
         cold, warm = (_run(avatar, size, seed) for seed in range(2))
-        stages = _by_stage(system, placement, size)
-    timing, frames = Timing.of(cold.blocks, warm.blocks), system.mode.block_frames
-    metrics = {
-        "fps": frames / timing.seconds,
-        "opening_seconds_cold": cold.opening,
-        "opening_seconds_warm": warm.opening,
-        "first_frame_seconds_cold": cold.first_frame,
-        "first_frame_seconds_warm": warm.first_frame,
-        **stages,
-    }
+        stages = by_stage(system, placement, size)
+    timing, frames = Timing.of(cold.seconds[STEADY], warm.seconds[STEADY]), system.mode.block_frames
+    metrics = {"fps": frames / timing.seconds}
+    for name, run in (("cold", cold), ("warm", warm)):
+        metrics[f"opening_seconds_{name}"] = run.mean(OPENING)
+        metrics[f"first_frame_seconds_{name}"] = run.mean(FIRST)
+    if RESINK in warm.seconds:
+        metrics["resink_seconds"] = warm.mean(RESINK)
+    metrics |= stages
     peak = None
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(bench.device)
@@ -93,20 +103,17 @@ def running_sessions(variant: str, system: LiveAvatarSystem) -> Iterator[None]:
         yield
 
 
-def _by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, int]) -> dict[str, float]:
-    """Seconds of the stages of an opening, of the first block, and of a steady block (mean)."""
+def by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, int]) -> dict[str, float]:
+    """Mean seconds of every stage of an opening and of a block of every kind, and of what is in no stage."""
     stages = Stages(system.dit.device)
-
-    def enter(phase: str) -> Callable[[], None]:
-        return lambda: setattr(stages, "phase", phase)
-
     avatar = Avatar("stages", stages.system(system), stages.placement(placement))
-    _run(avatar, size, seed=2, opened=enter("first block"), seen=enter("steady block"))
-    blocks = filling_blocks(system) + STEADY_BLOCKS - 1
-    return {
-        f"{phase}/{stage}": seconds / (blocks if phase == "steady block" else 1)
-        for (phase, stage), seconds in stages.seconds.items()
-    }
+    run = _run(avatar, size, seed=2, enter=lambda phase: setattr(stages, "phase", phase))
+    found = {}
+    for phase in run.seconds:
+        inside = {stage: seconds for (within, stage), seconds in stages.seconds.items() if within == phase}
+        inside["other"] = sum(run.seconds[phase]) - sum(inside.values())
+        found |= {f"{phase}/{stage}": seconds / len(run.seconds[phase]) for stage, seconds in inside.items()}
+    return found
 
 
 def filling_blocks(system: LiveAvatarSystem) -> int:
@@ -114,42 +121,45 @@ def filling_blocks(system: LiveAvatarSystem) -> int:
     return (system.mode.cache_latents or system.dit.config.cache_frames) // system.mode.block_latents
 
 
-def _run(
-    avatar: Avatar,
-    size: tuple[int, int],
-    seed: int,
-    opened: Callable[[], None] = lambda: None,
-    seen: Callable[[], None] = lambda: None,
-) -> Run:
-    """Open a session, fill its caches, time its steady blocks; tells when it is `opened`, and when its first frames
-    were `seen`. RuntimeError when no frames come."""
+def phase_of(block: int, mode: GenerationMode, filling: int) -> str:
+    """What a block of a session is; `filling`: blocks that the rolling caches hold."""
+    if block == 0:
+        return FIRST
+    if block == mode.clip_blocks and mode.resink is not Resink.NEVER:
+        return RESINK
+    return FILLING if block < filling else STEADY
+
+
+def _run(avatar: Avatar, size: tuple[int, int], seed: int, enter: Callable[[str], None] = lambda phase: None) -> Run:
+    """Open a session, fill its caches, time its steady blocks; tells which phase it is about to `enter`.
+
+    RuntimeError when no frames come.
+    """
     system, mode = avatar.system, avatar.mode
     samples, filling = mode.block_frames * mode.samples_per_frame, filling_blocks(system)
-    sound = voice(samples * (filling + STEADY_BLOCKS + MOST_SILENT_FEEDS), seed)
+    sound = voice(samples * (filling + 1 + STEADY_BLOCKS + MOST_SILENT_FEEDS), seed)
     picture = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    enter(OPENING)
     started = time.perf_counter()
     session = avatar.stream(picture, seed=seed, size=size)
     _finish(system)
-    opening, working = time.perf_counter() - started, 0.0
-    opened()
-    blocks: list[float] = []
-    first_frame = waited = 0.0
+    seconds[OPENING].append(time.perf_counter() - started)
+    block, waited = 0, 0.0
     with session:
         for piece in sound.reshape(-1, samples):
+            phase = phase_of(block, mode, filling)
+            enter(phase)
             started = time.perf_counter()
             frames = session.feed(piece)  # returns when the frames are on the CPU
             waited += time.perf_counter() - started
             if not len(frames):
                 continue
-            working += waited
-            if not blocks:
-                first_frame = working
-                seen()
-            blocks.append(waited)
-            waited = 0.0
-            if len(blocks) == filling + STEADY_BLOCKS:
-                return Run(opening, first_frame, tuple(blocks[filling:]))
-    raise RuntimeError(f"{len(sound) / AUDIO_RATE:.0f} s of sound gave only {len(blocks)} blocks")
+            seconds[phase].append(waited)
+            block, waited = block + 1, 0.0
+            if len(seconds[STEADY]) == STEADY_BLOCKS:
+                return Run(dict(seconds))
+    raise RuntimeError(f"{len(sound) / AUDIO_RATE:.0f} s of sound gave only {block} blocks")
 
 
 def _finish(system: LiveAvatarSystem) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ from kinora.bench import step as step_module
 from kinora.bench.commands import main
 from kinora.bench.harness.report import Report
 from kinora.bench.harness.run import Unavailable
+from kinora.bench.stream import by_stage, filling_blocks, phase_of
 from kinora.bench.variants import compiled, running
 from kinora.bench.work import decode_flops, step_flops
 from kinora.graphs.models.liveavatar import LIVEAVATAR_14B
 from kinora.graphs.models.wan_vae import WAN21_VAE
+from kinora.runtime import load
 from kinora.runtime.cli import main as kinora
-from kinora.runtime.systems.liveavatar_mode import STREAM
+from kinora.runtime.placement.engines import SinglePlacement
+from kinora.runtime.systems.liveavatar_mode import STREAM, Resink
 from test_avatar import write_model
 from torch import nn
 
@@ -156,9 +160,28 @@ def test_stream(model: str, tmp_path: Path) -> None:
         assert eager.metrics[f"{what}_seconds_cold"] > 0 and eager.metrics[f"{what}_seconds_warm"] > 0
     for stage in ("opening/VAE encode", "opening/condition", "first block/denoise", "first block/audio features"):
         assert eager.metrics[stage] > 0
-    steady = sum(seconds for name, seconds in eager.metrics.items() if name.startswith("steady block/"))
-    assert "steady block/VAE decode" in eager.metrics and "steady block/condition" not in eager.metrics
-    assert steady > 0
+    for phase in ("opening", "first block", "filling block", "steady block"):
+        assert eager.metrics[f"{phase}/other"] >= 0
+    assert "steady block/VAE decode" in eager.metrics and "filling block/denoise" in eager.metrics
+    assert "resink_seconds" not in eager.metrics, "this model never makes its condition anew"
+    assert {name.split("/")[1] for name in eager.metrics if name.startswith("steady block/")} == {
+        "audio features",
+        "denoise",
+        "VAE decode",
+        "other",
+    }
+
+
+def test_the_block_of_the_resink_is_none_of_the_steady_ones(model: str) -> None:
+    system = load(model, device="cpu").system
+    filling = filling_blocks(system)
+    system = replace(system, mode=replace(system.mode, resink=Resink.REFERENCE, clip_blocks=filling + 2))
+    metrics = by_stage(system, SinglePlacement(system), (64, 64))
+    assert metrics["re-sink block/condition"] > 0 and metrics["re-sink block/denoise"] > 0
+    assert metrics["opening/condition"] > 0 and "steady block/condition" not in metrics
+    phases = [phase_of(block, system.mode, filling) for block in range(filling + 4)]
+    filled = ["steady block", "steady block", "re-sink block", "steady block"]
+    assert phases == ["first block", *["filling block"] * (filling - 1), *filled]
 
 
 @pytest.mark.parametrize(
