@@ -108,7 +108,7 @@ def by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, in
     stages = Stages(system.dit.device)
     avatar = Avatar("stages", stages.system(system), stages.placement(placement))
     run = _run(avatar, size, seed=2, enter=lambda phase: setattr(stages, "phase", phase))
-    found = {}
+    found: dict[str, float] = {}
     for phase in run.seconds:
         inside = {stage: seconds for (within, stage), seconds in stages.seconds.items() if within == phase}
         inside["other"] = sum(run.seconds[phase]) - sum(inside.values())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kinora.bench import speech as speech_bench
 from kinora.graphs.capture import shared_pool
 from kinora.runtime import Avatar, load
 from kinora.runtime.encoders import captured_states
@@ -173,6 +174,15 @@ def test_front_ends_that_cannot_be_captured_are_used_as_they_are(tmp_path: Path)
     system = load(write_model(tmp_path / "small"), device="cpu").system
     made = [placement(system).audio_features(system.mode) for placement in (CapturedPlacement, SinglePlacement)]
     assert type(made[0]) is type(made[1])
+
+
+def test_the_measurement_of_it_runs_both_ways(eager_lengths: list[int]) -> None:
+    told: list[str] = []
+    steps = speech_bench.measure(Wav2Vec2Speech(encoder()), MODE, told.append)
+    lengths = LiveWindow(hop_frames=MODE.block_frames, fps=MODE.fps).lengths
+    assert [round(step.window * 16_000) for step in steps] == list(lengths)
+    assert eager_lengths == list(lengths) * speech_bench.REPEATS and told[0].startswith("recorded in")
+    assert all(step.eager > 0 and step.captured > 0 and step.error == 0 for step in steps)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
