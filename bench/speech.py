@@ -2,7 +2,8 @@
 
 wav2vec 2.0 large with random weights. Milliseconds of a step by the wall clock, from sound to features on the host, for
 every length of the growing window (the last one is what all later steps encode); the relative L2 difference of the two;
-what recording took, in seconds and memory. Without a GPU both ways are the same calls.
+what recording took, in seconds and memory. Without a GPU both ways are the same calls, and take
+minutes.
 """
 
 import argparse

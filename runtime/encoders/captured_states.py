@@ -33,7 +33,7 @@ class CapturedStates:
     def record(self, lengths: Iterable[int]) -> None:
         """Record sounds of `lengths` samples that are not yet recorded, the longest first, up to `MOST_LENGTHS` in all.
 
-        They share their buffers. Each is replayed once, so that it is on the device before someone waits for it.
+        They share their buffers.
         """
         with self.turn:
             room = MOST_LENGTHS - len(self.windows)
@@ -46,7 +46,7 @@ class CapturedStates:
             for samples in new:
                 part = states[: self._values(samples)].view(self.size.states, -1, self.size.dim)
                 window = _Window(self.encoder, wave[:, :samples], part, self.memory)
-                window.replay()
+                window.replay.record()
                 self.windows[samples] = window
 
     @torch.inference_mode()
