@@ -28,7 +28,7 @@ from ..runtime.placement.captured import CapturedBlock
 from ..runtime.placement.captured_vae import CapturedDecoder
 from ..runtime.placement.single import SingleDevice
 from .models import PUBLISHED, PUBLISHED_SIZE, ModelChoice
-from .state import BlockCase
+from .state import BlockCase, release
 from .variants import running
 
 FILL = 6  # blocks until the rings are full, and one more
@@ -184,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     report["reserved_gb"] = torch.cuda.memory_reserved() / 1e9
     _write(report, args.out)
     if args.check:
-        del block, run  # the plain steps want the memory of the rings
-        torch.cuda.empty_cache()
+        del block, run, program, pool  # the plain steps want the memory of the rings
+        release()
         report["relative_l2_of_blocks"] = check(case, made)
         _write(report, args.out)
     print(json.dumps(report, indent=1))

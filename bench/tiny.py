@@ -182,12 +182,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kinora.bench.tiny", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for tiny.json and the pictures")
     parser.add_argument("--model", default="tiny", help="model name or the folder of a trained tiny model")
+    parser.add_argument("--precision", default="auto", help="of `load`: float32, bfloat16 or fp8")
+    parser.add_argument("--placement", default="auto", help="of `load`: single, or captured, which also has FP8 caches")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each clip")
     parser.add_argument("--long-seconds", type=int, default=62, help="length of the identity run")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    avatar = load(args.model)
+    avatar = load(args.model, precision=args.precision, placement=args.placement)
     bank = synthesise(args.clips, args.seconds, seed=7, split="test").numpy().astype(np.float32) / 32768.0
     seeds = [HELD_OUT_SEED + 1000 + i for i in range(args.clips)]
     clips = [generate_clip(avatar, seed, wave) for seed, wave in zip(seeds, bank, strict=True)]

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .models.liveavatar import LiveAvatar
 
@@ -27,7 +28,8 @@ def join_projections(dit: LiveAvatar) -> None:
 def join_layers(layers: Sequence[nn.Module]) -> None:
     """Lay the parameters and buffers of linear layers (plain or FP8) side by side along their first axis, by name.
 
-    Tensors that have no rows to join (one scale for a whole weight), or that differ in dtype or width, are left alone.
+    Tensors that have no rows to join (one scale for a whole weight), that differ in dtype or width, or that are of a
+    subclass (torchao's), are left alone.
     """
     for name in _tensor_names(layers[0]):
         tensors = [getattr(layer, name, None) for layer in layers]
@@ -44,6 +46,8 @@ def _tensor_names(layer: nn.Module) -> list[str]:
 @torch.no_grad()
 def _join(tensors: list[Tensor]) -> None:
     alike = len({(t.dtype, t.device, t.shape[1:]) for t in tensors}) == 1
+    if any(is_traceable_wrapper_subclass(t) for t in tensors):
+        return
     if not alike or not all(t.is_contiguous() for t in tensors) or joined_view(tensors) is not None:
         return
     joined, start = cat_rows(tensors), 0

@@ -95,16 +95,20 @@ def test_float32_is_the_sequential_stream(actors: int, pose: bool) -> None:
         assert error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("values", ["fp8", "mixed"])
+@pytest.mark.parametrize("values", ["fp8", "mixed", "joined"])
 def test_fp8_is_the_captured_block(values: str) -> None:
     dit, prompt, inputs, given = model(torch.bfloat16), torch.randn(5, 16), blocks(5), conditions()
     quantize_linears(dit, granularity="row")
     ring = RingFormat(torch.bfloat16, values)  # type: ignore[arg-type]
     with torch.inference_mode():
         wanted = in_order(CapturedBlock(dit, prompt, MODE, GRID, ring=ring), inputs, given)
-        found = batched(BatchedSteps(dit, prompt, MODE, GRID, ring=ring), inputs, given)
+        steps = BatchedSteps(dit, prompt, MODE, GRID, ring=ring)
+        found = batched(steps, inputs, given)
     for one, other in zip(found, wanted, strict=True):
         assert error(one, other) < 1e-2
+    emitted = next(report for report in steps.compile().reports if report.name == "emit")
+    joined = sum(line.startswith("cat") for line in emitted.lines)  # the attention of all samples
+    assert joined == (CONFIG.num_layers if values == "joined" else 0)
 
 
 def test_a_stream_shorter_than_the_steps_and_a_second_one() -> None:

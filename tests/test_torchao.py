@@ -58,8 +58,8 @@ def test_the_compiler_says_that_it_wants_plain_weights(folder: str) -> None:
     assert system.size is not None
     to_int8(system.dit)
     case = BlockCase.of(system, system.size)
-    block = case.open(CapturedBlock(case.dit, case.prompt, case.mode, case.grid), filled=False)
     with pytest.raises(TypeError, match=r"is a Int8Tensor; the compiler rewrites plain tensors only"):
+        block = case.open(CapturedBlock(case.dit, case.prompt, case.mode, case.grid), filled=False)
         block.denoise(case.noises[0], case.inputs(0))
 
 

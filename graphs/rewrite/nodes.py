@@ -26,6 +26,7 @@ VIEWS = {
     torch.ops.aten.unflatten.int,
     torch.ops.aten.flatten.using_ints,
     torch.ops.aten.view.default,
+    torch.ops.aten.view.dtype,
     torch.ops.aten.transpose.int,
     torch.ops.aten.permute.default,
     torch.ops.aten.numpy_T.default,

@@ -9,7 +9,6 @@ import numpy as np
 import typer
 
 from ..errors import InputError, OutputError
-from ..media.audio import read_audio
 from ..media.images import read_image
 from .options import Debug, Overwrite, check_overwrite, parse_size
 
@@ -75,7 +74,12 @@ def aoti(
         raise InputError(f"there is no C++ compiler ({', '.join(COMPILERS)}); install one, for example the package g++")
     pixels = parse_size(size)
     picture = None if image is None else read_image(image)
-    samples = rising_tone() if audio is None else read_audio(audio, MODEL_RATE)
+    if audio is None:
+        samples = rising_tone()
+    else:
+        from ..media.audio import read_audio
+
+        samples = read_audio(audio, MODEL_RATE)
     from ..export import export, prepare
     from ..faces import draw_portrait
     from ..load import load

@@ -9,6 +9,8 @@ from ..nodes import E4M3, TO, K, calls, drop, finish, insert, like, operands, ou
 from ..program import Program, Report, value_of
 
 QUANTIZE = K.quantize_rows.default
+CAT = torch.ops.aten.cat.default
+VIEW_AS = torch.ops.aten.view.dtype
 
 
 def share(program: Program) -> Report:
@@ -66,9 +68,34 @@ def _passes_rows_on(x: fx.Node) -> bool:
         return value_of(x).dtype == torch.bfloat16 and value_of(source(x)).dtype == torch.float32
     if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default):
         return False
-    if source(x).target is K.attention_joined.default:
+    if _joined_attention(source(x)):
         return True  # it has one scale for all heads
     return value_of(x).shape[-1] == value_of(source(x)).shape[-1]
+
+
+def _joined_attention(x: fx.Node) -> list[fx.Node]:
+    """The calls of attention over a joined cache that `x` is, one, or several samples laid behind one another."""
+    parts = operands(x)[0] if x.target is CAT and len(operands(x)) == 1 else [x]
+    return list(parts) if all(part.target is K.attention_joined.default for part in parts) else []
+
+
+def _attention_in_e4m3(x: fx.Node, calls: list[fx.Node]) -> list[fx.Node]:
+    """`x`, made of `calls`, in e4m3, and its descales [B, L, 1]."""
+    made = []
+    for call in calls:
+        descale = like(call, *value_of(call).shape[:2], 1, dtype=torch.float32)
+        made.append(outputs(call, K.attention_joined_fp8.default, operands(call), like(call, dtype=E4M3), descale))
+    if len(made) == 1:
+        return made[0]
+    samples = len(value_of(x))
+    # e4m3 as bytes, which every PyTorch can join
+    parts = [insert(x, VIEW_AS, (x8, torch.uint8), like(x8, dtype=torch.uint8)) for x8, _ in made]
+    whole = insert(x, CAT, (parts,), like(x, dtype=torch.uint8))
+    descales = [descale for _, descale in made]
+    return [
+        insert(x, VIEW_AS, (whole, E4M3), like(x, dtype=E4M3)),
+        insert(x, CAT, (descales,), like(descales[0], samples, *value_of(descales[0]).shape[1:])),
+    ]
 
 
 def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
@@ -85,9 +112,8 @@ def _emitted(program: Program, x: fx.Node) -> list[fx.Node] | None:
         return outputs(x, K.gelu_quantize_rows.default, args[:1], *values)
     if x.target is K.adaln.default:
         return outputs(x, K.adaln_fp8.default, args[:5], *values)
-    if x.target is K.attention_joined.default:
-        descale = like(x, *value_of(x).shape[:2], 1, dtype=torch.float32)
-        return outputs(x, K.attention_joined_fp8.default, args, values[0], descale)
+    if _joined_attention(x):
+        return _attention_in_e4m3(x, _joined_attention(x))
     call = args[0] if x.target is operator.getitem else None
     if not isinstance(call, fx.Node) or call.target is not K.residual_norm.default or args[1] != 1:
         return None
