@@ -170,8 +170,8 @@ class LiveAvatar(nn.Module):
     def embed_condition(
         self, ref_latents: Tensor, motion_latents: Tensor, add_last_motion: int = 2
     ) -> tuple[Tensor, Tensor]:
-        """Reference [B, 16, 1, h, w] and motion latents [B, 16, T, h, w] -> reference tokens [B, P, D] and packed motion
-        tokens [B, M, D] before their mask row (2.7)."""
+        """Reference [B, 16, 1, h, w] and motion latents [B, 16, T, h, w] -> reference tokens [B, P, D] and packed
+        motion tokens [B, M, D] before their mask row (2.7)."""
         self._grid(ref_latents, "ref_latents")
         if ref_latents.shape[2] != 1:
             raise ValueError(f"ref_latents has {ref_latents.shape[2]} frames; pass the one latent frame of the picture")

@@ -19,8 +19,9 @@ from ...graphs.rewrite.recipe import Recipe, apply
 class CapturedPrefill:
     """`LiveAvatar.prefill_layers` from static latents into the memories of all steps, which share the condition.
 
-    `grid`: latent (rows, columns); `text`: the prompt's keys and values, read where they lie; `packed`: quantised weights
-    by name, shared with other programs of the model (`rewrite.recipe.apply`). On a CPU the program runs call by call.
+    `grid`: latent (rows, columns); `text`: the prompt's keys and values, read where they lie; `packed`: quantised
+    weights by name, shared with other programs of the model (`rewrite.recipe.apply`). On a CPU the program runs call by
+    call.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class CapturedPrefill:
     ):
         config, patches = dit.config, (grid[0] // 2, grid[1] // 2)
         self.dit, self.text, self.memory, self.recipe, self.packed = dit, text, memory, recipe, packed
-        shape = {"dtype": dit.dtype, "device": dit.device}
-        self.reference = torch.zeros(1, config.in_dim, 1, *grid, **shape)
-        self.motion = torch.zeros(1, config.in_dim, sum(config.motion_buckets), *grid, **shape)
+        self.reference, self.motion = (
+            torch.zeros(1, config.in_dim, frames, *grid, dtype=dit.dtype, device=dit.device)
+            for frames in (1, sum(config.motion_buckets))
+        )
         self.rope = condition_table(dit.motion_rope(patches), 0, patches, config.rope_dtype)  # [C, d/2, 2]
         self.program: Program | None = None
         self.still = self.text_inputs = self.memories = Prepared([])
@@ -46,19 +48,23 @@ class CapturedPrefill:
     @torch.no_grad()
     def __call__(self, reference: Tensor, motion: Tensor) -> None:
         """Reference latent [1, 16, 1, h, w] and motion latents [1, 16, T, h, w], of which the last 19 count."""
-        for name, given, own in (("reference", reference, self.reference), ("motion latents", motion, self.motion)):
-            wanted = (*own.shape[:2], own.shape[2] if own is self.reference else given.shape[2], *own.shape[3:])
-            if given.shape != wanted:
-                raise ValueError(
-                    f"the {name} has shape {tuple(given.shape)}, the stream was made for {wanted}; open a new stream"
-                )
-        self.reference.copy_(reference)
-        kept = motion[:, :, -self.motion.shape[2] :]
-        missing = self.motion.shape[2] - kept.shape[2]
-        self.motion[:, :, :missing].zero_()  # as `FramePacker` does for missing frames
-        self.motion[:, :, missing:].copy_(kept)
+        self._fill(reference, motion)
         self.compile()
         self.replay()
+
+    def _fill(self, reference: Tensor, motion: Tensor) -> None:
+        """Take in latents; missing motion latents are zero, as `FramePacker` has it. ValueError for another size."""
+        one, frames = self.reference.shape, self.motion.shape[2]
+        if reference.shape != one or (*motion.shape[:2], 1, *motion.shape[3:]) != tuple(one):
+            raise ValueError(
+                f"this condition has a reference {tuple(reference.shape)} and motion latents {tuple(motion.shape)}, the "
+                f"stream was made for {tuple(one)} and any number of such frames; open a new stream"
+            )
+        kept = motion[:, :, -frames:]
+        missing = frames - kept.shape[2]
+        self.reference.copy_(reference)
+        self.motion[:, :, :missing].zero_()
+        self.motion[:, :, missing:].copy_(kept)
 
     @torch.no_grad()
     def compile(self) -> Program:
@@ -87,6 +93,4 @@ class CapturedPrefill:
 
     def _run(self) -> None:
         assert self.program is not None
-        self.program(
-            x=self._tokens(), still=self.still, text=self.text_inputs, rope=self.rope, memories=self.memories
-        )
+        self.program(x=self._tokens(), still=self.still, text=self.text_inputs, rope=self.rope, memories=self.memories)

@@ -40,11 +40,12 @@ def _merge(program: Program, parts: list[fx.Node], cat: fx.Node | None, report: 
         return
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     first = min(parts, key=lambda part: order[part])
-    inputs, args = PRODUCTS[first.target], operands(first)
+    target: Any = first.target
+    inputs, args = PRODUCTS[target], operands(first)
     rest = args[inputs + len(joined) :]
     width = sum(value_of(part).shape[-1] for part in parts)
     wide = like(first, *value_of(first).shape[:-1], width)
-    product = insert(first, first.target, (*args[:inputs], *joined, *rest), wide)
+    product = insert(first, target, (*args[:inputs], *joined, *rest), wide)
     _hand_out(product, parts, cat)
     report.add(f"{joined[0].meta['weight']} {tuple(value_of(joined[0]).shape)}", first)
     if cat is not None:
@@ -76,7 +77,7 @@ def _side_by_side(program: Program) -> Iterator[list[fx.Node]]:
         return constant(program.module, operands(node)[PRODUCTS[node.target]]).detach()
 
     def place(node: fx.Node) -> tuple[int, int]:
-        return rows(node).untyped_storage()._cdata, rows(node).storage_offset()
+        return rows(node).untyped_storage()._cdata, int(rows(node).storage_offset())
 
     for nodes in readers.values():
         run: list[fx.Node] = []
