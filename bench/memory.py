@@ -42,7 +42,8 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
     memories = [layer for step in memory.layers for layer in step]
     prefill = stream.prefill if isinstance(stream, CapturedBlock) else None
     programs = [program] if prefill is None else [program, prefill.compile()]
-    prepared = [getattr(stream, name, None) for name in ("times", "time")]
+    latents = None if prefill is None else [prefill.reference, prefill.motion, prefill.rope]
+    prepared = [getattr(stream, name, None) for name in ("times", "time")] + [prefill and prefill.still]
     things: list[tuple[str, object]] = [
         ("transformer weights", dit),
         ("what the compiler added", [[*p.module.buffers()] for p in programs]),
@@ -51,7 +52,7 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
         ("condition keys and values", [_condition(layer) for layer in memories]),
         ("reference keys before rotation", [layer.reference for layer in memories]),
         ("rings", [layer.ring if isinstance(layer, Fp8Memory) else layer.cache for layer in memories]),
-        ("inputs and tables", [stream.static, memory, prefill]),
+        ("inputs and tables", [stream.static, memory, latents]),
         *vae,
     ]
     seen: set[int] = set()

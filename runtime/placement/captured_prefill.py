@@ -57,8 +57,8 @@ class CapturedPrefill:
         one, frames = self.reference.shape, self.motion.shape[2]
         if reference.shape != one or (*motion.shape[:2], 1, *motion.shape[3:]) != tuple(one):
             raise ValueError(
-                f"this condition has a reference {tuple(reference.shape)} and motion latents {tuple(motion.shape)}, the "
-                f"stream was made for {tuple(one)} and any number of such frames; open a new stream"
+                f"this condition has a reference {tuple(reference.shape)} and motion latents {tuple(motion.shape)}, "
+                f"the stream was made for {tuple(one)} and any number of such frames; open a new stream"
             )
         kept = motion[:, :, -frames:]
         missing = frames - kept.shape[2]
