@@ -4,7 +4,8 @@ The harness (`kinora bench step`, `block`) compares variants and checks results;
 Triton, builds LiveAvatar 14B with random weights, runs blocks until the rings are full and times whole blocks with CUDA
 events. `--batched` times ticks of the steps of consecutive blocks in one forward instead: one block goes in and one
 comes out a tick. `--decode` adds the captured decoder, in the same graph memory, to time and memory. `--check` compares
-the first blocks with the plain steps of the same (quantised) model. Seconds and gigabytes are told stage by stage.
+the first blocks with the plain steps of the same (quantised) model. Seconds and gigabytes are told stage by stage, and
+the prefill of a new condition, as the re-sink in the middle of a stream does it, is timed too.
 """
 
 import argparse
@@ -92,6 +93,17 @@ def kernels(call: Callable[[int], object], number: int, steps: int, top: int = 2
     ]
 
 
+def condition_again(block: CapturedBlock, case: BlockCase) -> dict[str, Any]:
+    """Milliseconds of a new condition, what its passes matched, and its kernels."""
+    times = time_calls(lambda _: block.condition(case.reference, case.motion), 0, 8)
+    return {
+        "condition_ms": spread(times),
+        "condition_captured": block.prefill.replay.graph is not None,
+        "condition_passes": {r.name: r.matches for r in block.prefill.compile().reports},
+        "kernels_of_a_condition": kernels(lambda _: block.condition(case.reference, case.motion), 0, 1),
+    }
+
+
 def check(case: BlockCase, made: list[torch.Tensor]) -> list[float]:
     """Relative L2 error of the first blocks against the plain steps, bfloat16 caches."""
     plain, errors = SingleDevice(case.dit, case.prompt, case.mode, case.grid), []
@@ -149,6 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     ready.done("static buffers")
     program = block.compile()
     ready.done("trace and passes")
+    if isinstance(block, CapturedBlock):
+        block.prefill.compile()
+        ready.done("trace and passes of the condition")
     block.record()
     ready.done("kernels compiled, graph recorded")
     block.condition(case.reference, case.motion)
@@ -177,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         "passes": {r.name: r.matches for r in program.reports},
         "kernels_of_a_step": kernels(run, FILL + ahead + 8, args.steps),
     }
+    if isinstance(block, CapturedBlock):
+        report |= condition_again(block, case)
     if args.decode:
         report |= decode_beside(system.vae, case, args.decoded, median, pool)
     torch.cuda.empty_cache()

@@ -40,21 +40,24 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
     """What a compiled stream holds, and further things by name (the VAE's streams), every storage once."""
     dit, program, memory = stream.dit, stream.compile(), stream.memory
     memories = [layer for step in memory.layers for layer in step]
-    prepared = [getattr(stream, name, None) for name in ("times", "time")]
+    prefill = stream.prefill if isinstance(stream, CapturedBlock) else None
+    programs = [program] if prefill is None else [program, prefill.compile()]
+    latents = None if prefill is None else [prefill.reference, prefill.motion, prefill.rope]
+    prepared = [getattr(stream, name, None) for name in ("times", "time")] + [prefill and prefill.still]
     things: list[tuple[str, object]] = [
         ("transformer weights", dit),
-        ("what the compiler added", list(program.module.buffers())),
+        ("what the compiler added", [[*p.module.buffers()] for p in programs]),
         ("modulation of every noise level", prepared),
         ("text keys and values", stream.text.layers),
         ("condition keys and values", [_condition(layer) for layer in memories]),
         ("reference keys before rotation", [layer.reference for layer in memories]),
         ("rings", [layer.ring if isinstance(layer, Fp8Memory) else layer.cache for layer in memories]),
-        ("inputs and tables", [stream.static, memory]),
+        ("inputs and tables", [stream.static, memory, latents]),
         *vae,
     ]
     seen: set[int] = set()
     parts = [Part(name, _bytes(thing, seen)) for name, thing in things]
-    return [*parts, Part("working memory of a step", working_bytes(program))]
+    return [*parts, Part("working memory of a graph", max(working_bytes(p) for p in programs))]
 
 
 def _condition(layer: LayerMemory) -> object:

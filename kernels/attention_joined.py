@@ -27,9 +27,10 @@ WEIGHT_SCALE = 448.0
 def joined_scales(scale_q: Tensor, scale_k: Tensor, scale_v: Tensor, scale_o: Tensor) -> Tensor:
     """Float32 [7] of four one-element scales: descales of q, K, V and of the weights, scale of the weights, of the
     result, and its descale."""
-    weights = torch.full_like(scale_q, WEIGHT_SCALE)
-    parts = (1 / scale_q, 1 / scale_k, 1 / scale_v, 1 / weights, weights, scale_o, 1 / scale_o)
-    return torch.stack([part.reshape(()) for part in parts]).float()
+    scales = torch.cat([scale.reshape(1) for scale in (scale_q, scale_k, scale_v, scale_o)]).float()
+    descales, one = 1 / scales, scales[:1]
+    weights = torch.full_like(one, 1 / WEIGHT_SCALE), torch.full_like(one, WEIGHT_SCALE)
+    return torch.cat((descales[:3], *weights, scales[3:], descales[3:]))
 
 
 def available(device: torch.device) -> bool:

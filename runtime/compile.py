@@ -1,4 +1,4 @@
-"""The compiled denoising step of a model that `load` knows, for looking at it: nothing is denoised.
+"""The compiled programs of a model that `load` knows, for looking at them: nothing is denoised.
 
 `liveavatar-14b` is built on the meta device, without weights, memory or a GPU.
 """
@@ -15,16 +15,20 @@ from .placement.captured import CapturedBlock
 from .systems.liveavatar_mode import STREAM, GenerationMode
 
 PRECISIONS = ("float32", "bf16", "fp8")
+PARTS = ("step", "prefill")
 PUBLISHED = "liveavatar-14b"
 PUBLISHED_SIZE = (704, 384)  # (height, width) in pixels that both published presets come to for a 9:16 picture
 PIXELS = 16  # a token's side: 8 of the VAE times a patch of 2
 
 
-def compiled_step(name: str, precision: str, size: tuple[int, int] | None = None) -> Program:
-    """The step of model `name` at `size` (height, width) in pixels, None for the model's own.
+def compiled(name: str, precision: str, size: tuple[int, int] | None = None, part: str = "step") -> Program:
+    """The denoising step of model `name`, or the prefill of its condition, at `size` (height, width) in pixels, None
+    for the model's own.
 
-    Errors: InputError for an unknown name or precision, and for sides that are not multiples of 16.
+    Errors: InputError for an unknown name, precision or part, and for sides that are not multiples of 16.
     """
+    if part not in PARTS:
+        raise InputError(f"part {part!r} is not known; choose one of {', '.join(PARTS)}")
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
     dit, mode, own = _model(name, precision)
@@ -37,7 +41,8 @@ def compiled_step(name: str, precision: str, size: tuple[int, int] | None = None
     with torch.inference_mode():
         ring = RingFormat(dit.dtype, "fp8" if fp8 else None)
         prompt = torch.zeros(1, dit.config.text_dim, dtype=dit.dtype, device=dit.device)
-        return CapturedBlock(dit, prompt, mode, grid, recipe, ring).compile()
+        block = CapturedBlock(dit, prompt, mode, grid, recipe, ring)
+        return block.compile() if part == "step" else block.prefill.compile()
 
 
 def _model(name: str, precision: str) -> tuple[LiveAvatar, GenerationMode, tuple[int, int]]:

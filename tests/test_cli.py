@@ -426,6 +426,9 @@ def test_compile_explains_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "quantise" in told and "blocks.5" in told and "1300 TFLOP/s FP8" in told
     assert main(["compile", "tiny", "--precision", "float32"]) == 0
     assert "concatenate" in capsys.readouterr().out
+    assert main(["compile", "--explain", "tiny", "--part", "prefill"]) == 0
+    told = capsys.readouterr().out
+    assert "blocks.5" in told and "audio_injector" not in told
 
 
 @pytest.mark.parametrize(
@@ -434,6 +437,7 @@ def test_compile_explains_a_model(capsys: pytest.CaptureFixture[str]) -> None:
         (["nobody"], "there is no model 'nobody'"),
         (["tiny", "--precision", "int3"], "precision 'int3' is not known"),
         (["tiny", "--size", "100x100"], "multiples of 16"),
+        (["tiny", "--part", "head"], "part 'head' is not known"),
         (["tiny", "--memory", "0"], "ceilings must be more than 0"),
     ],
 )

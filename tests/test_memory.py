@@ -14,7 +14,7 @@ from kinora.runtime.placement.captured import CapturedBlock
 from test_captured_block import GRID, MODE, model
 from test_vae import TINY, make_vae
 
-WORK = "working memory of a step"
+WORK = "working memory of a graph"
 
 
 def live_bytes() -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinora.graphs.joined_weights import join_layers
 from kinora.graphs.models.wan import WanModel
 from kinora.graphs.models.wan_configs import WanConfig
 from kinora.graphs.rewrite import passes
@@ -126,6 +127,28 @@ def test_other_inputs_are_not_concatenated() -> None:
     made = program(model, x, function=apart)
     assert passes.concatenate(made).matches == 0
     close(run(made, x), apart(x).detach())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_weights_side_by_side_are_one_product_without_a_copy(order: tuple[int, ...]) -> None:
+    """Nothing concatenates the results; a fourth layer of the same input lies elsewhere and stays alone."""
+    model, x = Projections((8, 24, 8, 16)), tokens()
+    wanted = [model.parts[i](x).detach() for i in range(4)]
+    join_layers(list(model.parts)[:3])
+
+    def apart(x: Tensor) -> tuple[Tensor, ...]:
+        made = {i: ops.linear(x, model.parts[i].weight, model.parts[i].bias) for i in (*order, 3)}  # type: ignore[arg-type]
+        return tuple(made[i] for i in range(4))
+
+    made = program(model, x, function=apart)
+    passes.clean(made)
+    report = passes.concatenate(made)
+    assert report.matches == 1 and "(40, 32)" in report.lines[0]
+    assert count(made, torch.ops.kinora.linear.default) == 2
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    assert all(t.untyped_storage().data_ptr() in own for t in (*made.module.parameters(), *made.module.buffers()))
+    for found, value in zip(run(made, x), wanted, strict=True):
+        close(found, value)
 
 
 def test_replaced_weights_leave_the_module() -> None:

@@ -169,10 +169,10 @@ class LiveAvatar(nn.Module):
 
     def embed_condition(
         self, ref_latents: Tensor, motion_latents: Tensor, add_last_motion: int = 2
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reference [B, 16, 1, h, w] and motion latents [B, 16, T, h, w] -> reference tokens [B, P, D], packed motion
-        tokens [B, M, D] before their mask row, motion rotary table [M, d/2, 2] (2.7)."""
-        grid = self._grid(ref_latents, "ref_latents")
+    ) -> tuple[Tensor, Tensor]:
+        """Reference [B, 16, 1, h, w] and motion latents [B, 16, T, h, w] -> reference tokens [B, P, D] and packed
+        motion tokens [B, M, D] before their mask row (2.7)."""
+        self._grid(ref_latents, "ref_latents")
         if ref_latents.shape[2] != 1:
             raise ValueError(f"ref_latents has {ref_latents.shape[2]} frames; pass the one latent frame of the picture")
         if motion_latents.shape[-2:] != ref_latents.shape[-2:]:
@@ -181,10 +181,16 @@ class LiveAvatar(nn.Module):
             )
         reference = self.patch_embedding(ref_latents).flatten(2).transpose(1, 2)
         reference = reference + self._mask_row(REFERENCE, reference.dtype)
-        motion = self.frame_packer(motion_latents, add_last_motion)
+        return reference, self.frame_packer(motion_latents, add_last_motion)
+
+    def join_condition(self, reference: Tensor, motion: Tensor) -> Tensor:
+        """The tokens of `embed_condition` as the blocks read them [B, C, D]."""
+        return torch.cat((reference, motion + self._mask_row(MOTION, motion.dtype)), 1)
+
+    def motion_rope(self, grid: tuple[int, int], add_last_motion: int = 2) -> Tensor:
+        """Rotary table of the packed motion tokens [M, d/2, 2] for a grid of (rows, columns) patches."""
         segments = self.frame_packer.segments(2 * grid[0], 2 * grid[1], add_last_motion)
-        rope = segment_table(segments, self.config.head_dim, self.config.rope_dtype, motion.device)
-        return reference, motion, rope
+        return segment_table(segments, self.config.head_dim, self.config.rope_dtype, self.device)
 
     def noisy_rope(self, start_frame: int | Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
         """Rotary table of `frames` latent frames from absolute frame `start_frame`; [F*P, d/2, 2], or [B, ...]."""
@@ -258,18 +264,23 @@ class LiveAvatar(nn.Module):
 
         Returns the motion tokens' rows of the rotary table, unhidden.
         """
-        reference, motion, motion_rope = self.embed_condition(ref_latents, motion_latents, add_last_motion)
+        reference, motion = self.embed_condition(ref_latents, motion_latents, add_last_motion)
         grid = self._grid(ref_latents, "ref_latents")
+        motion_rope = self.motion_rope(grid, add_last_motion)
         rope = condition_table(motion_rope, 0, grid, self.config.rope_dtype)
         if drop_motion_frames:
             motion = torch.zeros_like(motion)
             rope = torch.cat((rope[: -motion_rope.shape[0]], torch.zeros_like(motion_rope)))
-        x = torch.cat((reference, motion + self._mask_row(MOTION, motion.dtype)), 1)
-        still = self.embed_time(torch.zeros(1, 1, device=x.device))
+        x, still = self.join_condition(reference, motion), self.embed_time(torch.zeros(1, 1, device=motion.device))
+        self.prefill_tokens(x, still, text, rope, store)
+        return motion_rope
+
+    def prefill_tokens(self, x: Tensor, still: TimeState, text: TextState, rope: Tensor, store: StoreLayer) -> None:
+        """`prefill_layers` with everything given that does not depend on the condition: the time 0, the rotary table
+        [C, d/2, 2] of the condition tokens x [B, C, D]."""
         for i, (block, context) in enumerate(zip(self.layers, text.layers, strict=True)):
             keep = partial(store, i, rope=rope)
             x = block(x, still.e0, context, partial(block.self_attn.prefill, rope=rope, store=keep))
-        return motion_rope
 
     def condition_tokens(self, grid: tuple[int, int]) -> int:
         """C: reference and packed motion tokens of a prefill for a grid of (rows, columns) patches."""
@@ -384,10 +395,10 @@ class LiveAvatar(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)}; one time per frame is needed: {(x.shape[0], frames)}")
         text, sound = self.embed_text(context), self.encode_audio(audio, per_block=audio_per_block)
         token_mask = self.token_mask(sound, actor_mask, frames, grid)
-        reference, motion, motion_rope = self.embed_condition(ref_latents, motion_latents, add_last_motion)
+        motion_rope = self.motion_rope(grid, add_last_motion)
         noisy = self.embed_noisy(x, cond_states)
-        tokens = torch.cat((noisy, reference, motion + self._mask_row(MOTION, motion.dtype)), 1)  # [B, N + C, D]
-        length = noisy.shape[1]
+        still = self.join_condition(*self.embed_condition(ref_latents, motion_latents, add_last_motion))
+        tokens, length = torch.cat((noisy, still), 1), noisy.shape[1]  # [B, N + C, D]
 
         rope = ClipRope(
             self.noisy_rope(frame_offset, frames, grid),

@@ -84,7 +84,7 @@ class SelfAttention(Attention):
         """Condition tokens among themselves; `store` receives their keys before rotation, and their values."""
         q, k, v = self._project(x, None)
         store(KeyValue(k, v))
-        return self.o(ops.rope_attention(ops.apply_rope(q, rope), [k], [v], ropes=[rope]).flatten(2))
+        return self.o(ops.rope_attention(ops.rotate_rows(q, rope), [k], [v], ropes=[rope]).flatten(2))
 
     def stream(self, x: Tensor, rope: Tensor, memory: Memory) -> Tensor:
         """One block of a stream: its keys and values go into the memory, its queries attend all that is there."""

@@ -22,7 +22,6 @@ from ...kernels.kv_cache import (
     JoinedCache,
     qkv_norm_rope,
     qkv_norm_rope_fp8,
-    quantize_heads,
     rotate_rows_into,
     static_scales,
 )
@@ -79,6 +78,12 @@ class PlainMemory:
         q = qkv_norm_rope(qkv, *norms, ring_k, ring_v, self.position.write, by.num_heads, by.eps)
         return ops.rope_attention(q, [self.cache.k], [self.cache.v], lengths=[self.position.keys])
 
+    def store_condition(self, k: Tensor, v: Tensor, rope: Tensor) -> None:
+        """Keys before rotation and values [1, C, H, d], and the rotary table of the condition [C, d/2, 2]."""
+        kept_k, kept_v = self.cache.condition
+        rotate_rows_into(k, rope, kept_k)
+        kept_v.copy_(v)
+
     def clear(self) -> None:
         """Forget: what an earlier stream left could hold NaN, which a masked row would still hand on."""
         for ring in self.cache.ring:
@@ -122,6 +127,10 @@ class Fp8Memory:
         if not mixed:
             ring.store_values(by.heads(qkv.chunk(3, -1)[2]), self.position.write)
         return attention_fp8(q, [self.condition, ring.with_length(self.position.length)], self.qk_descale)
+
+    def store_condition(self, k: Tensor, v: Tensor, rope: Tensor) -> None:
+        """As `PlainMemory.store_condition`."""
+        self.condition.store_condition(k, v, rope, self.scale_k)
 
     def clear(self) -> None:
         """Forget, as `PlainMemory.clear`; of the keys nothing beyond the valid rows counts."""
@@ -180,12 +189,13 @@ class JoinedFp8Memory:
         """Keys before rotation and values [1, C, H, d]; a stream's first condition sets the scale of its values."""
         kept_k, kept_v = self.cache.condition
         rotate_rows_into(k, rope, kept_k, self.scale_k)
-        fresh = 448.0 / (HEADROOM * v.float().abs().amax().clamp(min=1e-12))
+        largest = torch.linalg.vector_norm(v, float("inf")).float()  # one reading of v
+        fresh = 448.0 / (HEADROOM * largest.clamp(min=1e-12))
         self.scale_v.copy_(torch.where(self.scales[2] == 0, fresh, self.scale_v))
         # a weighted mean of values is no larger than they are, and mostly much smaller
         one = self.scale_v[:1]
         self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4)))
-        kept_v.copy_(quantize_heads(v, self.scale_v))
+        rotate_rows_into(v, None, kept_v, self.scale_v)
 
     def clear(self) -> None:
         for ring in self.cache.ring:
@@ -232,6 +242,7 @@ class StreamMemory:
 
     layers: list[list[LayerMemory]]  # [step][layer]
     reference_ropes: list[Tensor]  # [step], written before the step runs
+    own_conditions: bool = False  # each step keeps the condition for itself
 
     @classmethod
     def allocate(
@@ -267,9 +278,11 @@ class StreamMemory:
                 continue
             if ring.values == "joined":
                 one_q, one_k = (static_scales(w, 1).expand(num_heads).contiguous() for w in (weight_q, weight_k))
+                rest: list[Tensor] = []
                 for step, place in enumerate(places):
                     cache = JoinedCache.allocate(*sizes, dtype=E4M3, device=device)
-                    rest = (torch.zeros(n, device=device) for n in (num_heads, 7))  # scale_v, scales
+                    if not rest or own_conditions:
+                        rest = [torch.zeros(n, device=device) for n in (num_heads, 7)]  # scale_v, scales
                     reference = kept() if shared is None else shared
                     layers[step].append(JoinedFp8Memory(cache, reference, *place, one_q, one_k, *rest))
                 continue
@@ -283,19 +296,19 @@ class StreamMemory:
                 own = Fp8Segment.allocate(1, blocks, block_tokens, *shape, device=device)
                 reference = kept() if shared is None else shared
                 layers[step].append(Fp8Memory(own, condition, reference, *place, *scales))
-        return cls(layers, ropes)
+        return cls(layers, ropes, own_conditions)
 
     def store(self, layer: int, kept: KeyValue, rope: Tensor, step: int | None = None) -> None:
         """Take in a layer's condition: keys before rotation and values [1, C, H, d] of a prefill, and the table `rope`
         with the reference where an unshifted stream has it. For one step (with its own condition), or for all."""
-        seen: set[int] = set()
-        for memories in self.layers if step is None else [self.layers[step]]:
-            memory = memories[layer]
-            if isinstance(memory, Fp8Memory):
-                if id(memory.condition) in seen:
-                    continue  # the steps share it
-                seen.add(id(memory.condition))
-            _store(memory, kept, rope)
+        own = [[memories[layer]] for memories in self.layers] if self.own_conditions else [self.sharing(layer)]
+        for memories in own if step is None else own[step : step + 1]:
+            store_condition(memories, kept, rope)
+
+    def sharing(self, layer: int) -> list[LayerMemory]:
+        """The memories of a layer to which `store_condition` hands a condition that all steps share."""
+        memories = [step[layer] for step in self.layers]
+        return memories[:1] if isinstance(memories[0], Fp8Memory) else memories  # there the condition is one segment
 
     def clear(self) -> None:
         """Forget all blocks, for a new stream."""
@@ -304,13 +317,14 @@ class StreamMemory:
                 memory.clear()
 
 
-def _store(memory: LayerMemory, layer: KeyValue, rope: Tensor) -> None:
-    memory.reference.copy_(layer.k[:, : memory.reference.shape[1]])
-    if isinstance(memory, JoinedFp8Memory):
-        memory.store_condition(layer.k, layer.v, rope)
-    elif isinstance(memory, PlainMemory):
-        k, v = memory.cache.condition
-        rotate_rows_into(layer.k, rope, k)
-        v.copy_(layer.v)
-    else:
-        memory.condition.store_condition(layer.k, layer.v, rope, memory.scale_k)
+def store_condition(memories: Sequence[LayerMemory], kept: KeyValue, rope: Tensor) -> None:
+    """Take in a layer's condition (`StreamMemory.store`) where `memories` share the reference rows and all scales: the
+    first rotates and rounds, the others copy."""
+    first, *others = memories
+    first.reference.copy_(kept.k[:, : first.reference.shape[1]])
+    first.store_condition(kept.k, kept.v, rope)
+    for other in others:
+        if isinstance(first, Fp8Memory) or isinstance(other, Fp8Memory):
+            raise ValueError("steps with FP8 slots share one condition segment; pass the memory of one step")
+        for own, made in zip(other.cache.condition, first.cache.condition, strict=True):
+            own.copy_(made)

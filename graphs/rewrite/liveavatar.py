@@ -9,8 +9,16 @@ from torch import Tensor
 from ...kernels.attention_fp8 import Fp8Segment
 from ...kernels.kv_cache import JoinedCache
 from ..models.liveavatar import AudioState, LiveAvatar, TextState, TimeState
-from ..models.liveavatar_cache import Memory
-from ..models.liveavatar_memory import BatchedMemory, Fp8Memory, JoinedFp8Memory, PlainMemory, Position
+from ..models.liveavatar_cache import KeyValue, Memory
+from ..models.liveavatar_memory import (
+    BatchedMemory,
+    Fp8Memory,
+    JoinedFp8Memory,
+    LayerMemory,
+    PlainMemory,
+    Position,
+    store_condition,
+)
 from .program import Argument, Program, trace
 
 for _node in (
@@ -55,6 +63,42 @@ def trace_step(
             "rope": Argument(rope, "block"),
             "cond_states": Argument(cond_states, "block"),
             "mask": Argument(mask, "prompt"),
+        },
+        dit,
+    )
+
+
+def trace_prefill(
+    dit: LiveAvatar,
+    x: Tensor,
+    still: TimeState,
+    text: TextState,
+    rope: Tensor,
+    memories: Sequence[Sequence[LayerMemory]],
+) -> Program:
+    """`dit.prefill_tokens` of these arguments (or others of their shapes), stored into the memories, as a program.
+
+    `memories`: of every layer, those that `StreamMemory.sharing` tells. What the last layer makes of its tokens beyond
+    its keys and values has no reader and is left out.
+    """
+
+    def prefill(
+        x: Tensor, still: TimeState, text: TextState, rope: Tensor, memories: Sequence[Sequence[LayerMemory]]
+    ) -> tuple[()]:
+        def store(layer: int, kept: KeyValue, rope: Tensor) -> None:
+            store_condition(memories[layer], kept, rope)
+
+        dit.prefill_tokens(x, still, text, rope, store)
+        return ()
+
+    return trace(
+        prefill,
+        {
+            "x": Argument(x, "step"),
+            "still": Argument(still, "schedule"),
+            "text": Argument(text, "prompt"),
+            "rope": Argument(rope, "prompt"),
+            "memories": Argument([list(layer) for layer in memories], "step"),
         },
         dit,
     )

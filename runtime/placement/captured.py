@@ -1,4 +1,4 @@
-"""All denoising steps of a block on one GPU as one CUDA graph, rewritten onto the fused ops.
+"""All denoising steps of a block on one GPU as one CUDA graph, rewritten onto the fused ops; the condition as another.
 
 The drop-in for `SingleDevice` where speed counts. One graph serves the growing and the rolling cache: the block's
 number and the reference distances are tensors on the device, and everything that follows from them (ring rows, rotary
@@ -8,11 +8,16 @@ tables) is computed inside the graph.
 import torch
 from torch import Tensor
 
-from ...graphs.models.liveavatar_memory import Position
+from ...graphs.capture import Pool
+from ...graphs.models.liveavatar import LiveAvatar
+from ...graphs.models.liveavatar_memory import Position, RingFormat
 from ...graphs.rewrite.program import Prepared, Program
+from ...graphs.rewrite.recipe import Recipe
 from ..samplers import euler_step
+from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
-from .static_stream import StaticStream
+from .captured_prefill import CapturedPrefill
+from .static_stream import DEFAULT, BlockShape, StaticStream
 
 
 class CapturedBlock(StaticStream):
@@ -25,15 +30,38 @@ class CapturedBlock(StaticStream):
     times: list[Prepared]  # the noise level of each step
     memories: list[Prepared]  # likewise
 
+    def __init__(
+        self,
+        dit: LiveAvatar,
+        context: Tensor,
+        mode: GenerationMode,
+        grid: tuple[int, int],
+        recipe: Recipe = DEFAULT,
+        ring: RingFormat | None = None,
+        shape: BlockShape | None = None,
+        pool: Pool | None = None,
+    ):
+        super().__init__(dit, context, mode, grid, recipe, ring, shape, pool)
+        self.prefill = CapturedPrefill(dit, self.text, self.memory, grid, recipe, self.packed, pool)
+
     def begin(self, context: Tensor) -> None:
         super().begin(context)
         self.conditioned = False
 
     @torch.no_grad()
+    def record(self) -> None:
+        super().record()  # first: it takes the most of the working memory that both share
+        self.prefill.record()
+        self.memory.clear()  # the warm-up's condition has set scales
+        self.conditioned = False
+
+    @torch.no_grad()
     def condition(self, reference: Tensor, motion: Tensor) -> None:
-        """Replace the condition: reference latent [1, 16, 1, h, w], motion latents [1, 16, T, h, w]."""
-        dtype = self.dit.dtype
-        self.dit.prefill_layers(reference.to(dtype), motion.to(dtype), self.text, self.memory.store)
+        """Replace the condition: reference latent [1, 16, 1, h, w], motion latents [1, 16, T, h, w].
+
+        ValueError for latents of another size than the stream's.
+        """
+        self.prefill(reference, motion)
         self.conditioned = True
 
     @torch.no_grad()

@@ -138,6 +138,7 @@ class StaticStream(ABC):
         self.positions = self._places()
         self.memory = self._allocate()
         self.program: Program | None = None
+        self.packed: dict[str, tuple[Tensor, Tensor]] = {}  # weights that the recipe quantised, for all programs
         self.text_inputs = Prepared([])
         self.replay = Replay(self._run, dit.device, pool)
 
@@ -175,7 +176,7 @@ class StaticStream(ABC):
     def compile(self) -> Program:
         """The rewritten step with its reports, without running it; works on the meta device too."""
         if self.program is None:
-            self.program = apply(self._trace(), self.recipe)
+            self.program = apply(self._trace(), self.recipe, self.packed)
             self.text_inputs = self.program.prepare("text", self.text)
             self._prepare(self.program)
         return self.program
