@@ -31,7 +31,6 @@ from ..kernels import (
     residual_norm,
 )
 from ..kernels.cases import Case, Op
-from ..kernels.fp8_values_once import store_values_once
 from ..kernels.row_norm import Norm, forward
 from ..kernels.row_norm_backward import backward_tile
 from ..kernels.row_norm_backward import launch as backward
@@ -179,7 +178,7 @@ def sweep() -> None:
 
 
 def sweep_values(rate: float) -> None:
-    """Values to e4m3 in two launches of several tiles, and in one; what memory must move at least is 48.7 MB."""
+    """Values to e4m3 at several tiles; what memory must move at least is 48.7 MB."""
     generator = torch.Generator().manual_seed(0)
     case = next(case for case in fp8_values.cases() if not case.small)
     sets = [dict(case.inputs(DEVICE, generator)) for _ in range(SETS)]
@@ -194,12 +193,12 @@ def sweep_values(rate: float) -> None:
         f"two launches, {rows} rows, {warps} warps": partial(launches, rows, warps)
         for rows, warps in ((128, 4), (128, 8), (128, 16), (64, 4), (64, 8))
     }
-    ways |= {f"one launch, {channels} channels": partial(store_values_once, channels=channels) for channels in (8, 16)}
     print(f"values to e4m3: floor {case.bytes / rate:.1f} us")
     for name, way in ways.items():
         way(**first)
         pairs = zip((first["v8"], first["descale"]), expected, strict=True)
-        told = "" if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs) else "  OTHER BITS"
+        # a GPU divides otherwise than PyTorch: a few values round to the other neighbour
+        told = "" if max(relative_l2(a, b) for a, b in pairs) < 1e-3 else "  WRONG"
         time = microseconds([partial(way, **given) for given in sets])
         print(f"  {name:32s} {time:8.1f} us {case.bytes / time / 1e6:6.2f} TB/s{told}", flush=True)
 

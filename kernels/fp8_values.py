@@ -136,7 +136,7 @@ def _store_values_fp8_op(v: Tensor, v8: Tensor, descale: Tensor, write: Tensor |
 
 
 def launch(
-    v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, layout: Slots, block: int = ROWS, num_warps: int = 8
+    v: Tensor, v8: Tensor, descale: Tensor, write: Tensor | None, layout: Slots, block: int = ROWS, num_warps: int = 4
 ) -> None:
     """Both kernels, on tiles of `block` rows of a head."""
     batch, tokens, heads, head_dim = v.shape
