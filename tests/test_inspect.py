@@ -149,3 +149,13 @@ def test_places_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "there is no file or folder" in capsys.readouterr().err
     assert main(["inspect", "Nobody/Nothing"]) == 2
     assert "nothing was downloaded" in capsys.readouterr().err
+
+
+def test_a_bundle_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bundle", "export", "tiny", "-o", str(tmp_path / "tiny")]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "tiny")]) == 0
+    told = capsys.readouterr().out
+    assert "a bundle" in told and "dit.safetensors" in told and "BF16" in told
+    (tmp_path / "tiny" / "bundle.idx").write_bytes(b"not an index")
+    assert main(["inspect", str(tmp_path / "tiny")]) == 2

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 
 from ..errors import CheckpointError, InputError
 from .options import Debug, Overwrite
+
+if TYPE_CHECKING:
+    from ...checkpoints_tools.bundle.read import Bundle
 
 bundle = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Weights to take elsewhere: export, check, look."
@@ -107,6 +110,15 @@ def inspect(
 
     kinora bundle inspect tiny-bundle --tensors
     """
+    opened = show(folder)
+    if tensors:
+        for record in opened.index.tensors:
+            shape, scale = list(record.shape), "" if record.scale is None else "  scaled"
+            typer.echo(f"{record.name}  {record.dtype.name} {shape}  at {record.offset}{scale}")
+
+
+def show(folder: Path) -> "Bundle":
+    """Print the model and the files of a bundle; returns it. CheckpointError for a folder that is none."""
     from ..bundles import open_bundle
 
     opened, console = open_bundle(folder), Console()
@@ -120,7 +132,4 @@ def inspect(
         kept = ", ".join(f"{name} {count}" for name, count in kinds.most_common())
         parts.add_row(file.name, f"{file.size / 1e6:.1f}", str(len(records)), f"{numbers:,}", kept)
     console.print(parts)
-    if tensors:
-        for record in opened.index.tensors:
-            shape, scale = list(record.shape), "" if record.scale is None else "  scaled"
-            typer.echo(f"{record.name}  {record.dtype.name} {shape}  at {record.offset}{scale}")
+    return opened

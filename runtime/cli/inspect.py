@@ -1,5 +1,6 @@
 """`kinora inspect`: what a checkpoint is, and whether anything is missing."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .bundle import show
 from .options import Debug
 
 if TYPE_CHECKING:
@@ -18,7 +20,10 @@ SHOWN = 12
 
 def inspect(
     checkpoint: Annotated[
-        str, typer.Argument(help="A weight file, a folder of them, or a repository in the Hub's cache (owner/name).")
+        str,
+        typer.Argument(
+            help="A weight file, a folder of them, a bundle, or a repository in the Hub's cache (owner/name)."
+        ),
     ],
     full: Annotated[bool, typer.Option("--full", help="List every name, not only the first.")] = False,
     debug: Debug = False,
@@ -33,8 +38,13 @@ def inspect(
 
     kinora inspect liveavatar.safetensors
     """
+    from ...checkpoints_tools.bundle.read import is_bundle
     from ..inspection import inspect_checkpoint
 
+    if is_bundle(Path(checkpoint)):
+        typer.echo("a bundle; `kinora bundle verify` reads all of it")
+        show(Path(checkpoint))
+        return
     report, console = inspect_checkpoint(checkpoint), Console()
     table = Table("file", "what it is")
     for title in ("size", "precision", "state"):
