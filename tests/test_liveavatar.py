@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kinora.graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar, LiveAvatarConfig, RollingCache, ref_shift
 from kinora.graphs.models.liveavatar_cache import ring_slot
+from kinora.graphs.models.liveavatar_init import init_weights
 from kinora.graphs.models.liveavatar_rope import frame_table, sample_positions
 from kinora.kernels import ops
 from torch import Tensor
@@ -35,7 +36,7 @@ def tiny(config: LiveAvatarConfig = TINY, seed: int = 0) -> LiveAvatar:
     """Random weights everywhere, so that no branch is silent."""
     torch.manual_seed(seed)
     model = LiveAvatar(config)
-    model.init_weights()
+    init_weights(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -264,7 +265,7 @@ def test_every_parameter_learns() -> None:
 def test_start_values() -> None:
     torch.manual_seed(0)
     model = LiveAvatar(TINY)
-    model.init_weights()
+    init_weights(model)
     data = clip(3)
     assert not model.forward_train(**data).any()  # the head starts at zero
     injected = model.inject_audio(0, torch.randn(1, 3 * PATCHES, TINY.dim), model.encode_audio(data["audio"]), None)
@@ -273,7 +274,7 @@ def test_start_values() -> None:
     assert torch.equal(model.casual_audio_encoder.weights, torch.full((1, 3, 1, 1), 0.01))
     assert 0.5 < model.blocks[0].modulation.std() * TINY.dim**0.5 < 1.5
     kept = LiveAvatar(replace(TINY, zero_init=False))
-    kept.init_weights()
+    init_weights(kept)
     assert kept.trainable_cond_mask.weight.any() and kept.cond_encoder.weight.any()
 
 

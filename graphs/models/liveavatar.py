@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .layers import Linear, PatchConv, mlp, set_compute_dtype, sinusoid, unpatchify
 from .liveavatar_audio import AUDIO_FRAMES_PER_LATENT, AudioInjector, AudioState, CausalAudioEncoder
-from .liveavatar_block import Block, ClipRope, Head
+from .liveavatar_block import Block, ClipRope, Head, block_mask
 from .liveavatar_cache import ConditionCache, KeyValue, LayerMemory, Memory, RollingCache, condition_table
 from .liveavatar_config import LIVEAVATAR_14B, LiveAvatarConfig
 from .liveavatar_motion import FramePacker
@@ -346,23 +346,6 @@ class LiveAvatar(nn.Module):
             tokens = self.inject_audio(i, tokens, audio, mask)
         return self.project_out(tokens, time.e, frames, grid)
 
-    def block_mask(self, frames: int, per_frame: int, condition: int, history_blocks: int | None = None) -> Tensor:
-        """Training mask [N + C, N + C], N = frames * per_frame, True = attend (2.11).
-
-        Noisy tokens see their own and earlier blocks (at most `history_blocks` earlier ones) and all condition tokens;
-        condition tokens see condition tokens.
-        """
-        block = torch.arange(frames, device=self.device) // self.config.num_frames_per_block
-        age = block[:, None] - block
-        seen = age >= 0
-        if history_blocks is not None:
-            seen &= age <= history_blocks
-        noisy = frames * per_frame
-        mask = torch.zeros(noisy + condition, noisy + condition, dtype=torch.bool, device=self.device)
-        mask[:noisy, :noisy] = seen.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
-        mask[:, noisy:] = True
-        return mask
-
     def forward_train(
         self,
         x: Tensor,
@@ -406,7 +389,8 @@ class LiveAvatar(nn.Module):
             condition_table(motion_rope, 0, grid, self.config.rope_dtype),
         )
         per_frame = grid[0] * grid[1]
-        mask = self.block_mask(frames, per_frame, tokens.shape[1] - length, history_blocks)[:length]
+        blocks = frames // self.config.num_frames_per_block
+        mask = block_mask(blocks, length // blocks, tokens.shape[1] - length, history_blocks, x.device)[:length]
         time = self.embed_time(torch.cat((t.float(), t.new_zeros(t.shape[0], 1)), 1))  # the last row is for C
         rows = (torch.arange(tokens.shape[1], device=x.device) // per_frame).clamp(max=frames)
         for i, block in enumerate(self.layers):
@@ -416,30 +400,3 @@ class LiveAvatar(nn.Module):
                 voiced = self.inject_audio(i, tokens[:, :length], sound, token_mask)
                 tokens = torch.cat((voiced, tokens[:, length:]), 1)
         return self.project_out(tokens[:, :length], time.e[:, :frames], frames, grid)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Start values for training from scratch (2.10)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv1d | nn.Conv3d | nn.Embedding):
-                module.reset_parameters()
-            elif isinstance(module, Block | Head):
-                nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for module in (*self.text_embedding, *self.time_embedding):
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.head.head.weight)
-        nn.init.constant_(self.casual_audio_encoder.weights, 0.01)
-        nn.init.zeros_(self.casual_audio_encoder.encoder.padding_tokens)
-        if self.config.zero_init:
-            injector = self.audio_injector
-            zeroed: list[nn.Module] = [self.trainable_cond_mask, self.cond_encoder]
-            zeroed += [layer.get_submodule("o") for layer in injector.injector]
-            if self.config.enable_adain:
-                zeroed += list(injector.injector_adain_layers)
-            for parameter in (p for part in zeroed for p in part.parameters()):
-                nn.init.zeros_(parameter)

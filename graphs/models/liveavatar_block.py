@@ -151,3 +151,27 @@ class Head(nn.Module):
         """x [B, L, D], e [B, R, D] -> [B, L, pt*ph*pw*C] in the dtype of x."""
         shift, scale = (self.modulation[:, None] + e[:, :, None]).unbind(2)
         return self.head(ops.adaln(x, shift, scale, eps=self.eps)).to(x.dtype)
+
+
+def block_mask(
+    blocks: int,
+    block_tokens: int,
+    condition: int,
+    history_blocks: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Training mask [N + C, N + C], N = blocks * block_tokens, C = `condition`, True = attend (2.11).
+
+    Noisy tokens see their own and earlier blocks (at most `history_blocks` earlier ones) and all condition tokens;
+    condition tokens see condition tokens.
+    """
+    block = torch.arange(blocks, device=device).repeat_interleave(block_tokens)
+    age = block[:, None] - block
+    seen = age >= 0
+    if history_blocks is not None:
+        seen &= age <= history_blocks
+    noisy = len(block)
+    mask = torch.zeros(noisy + condition, noisy + condition, dtype=torch.bool, device=device)
+    mask[:noisy, :noisy] = seen
+    mask[:, noisy:] = True
+    return mask

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...graphs.models.layers import set_compute_dtype
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from ...graphs.models.liveavatar_init import init_weights
 from ...graphs.models.speech import SpeechConfig, SpeechFrontEnd, to_video_rate
 from ...runtime.samplers import euler_schedule
 from ..loop import (
@@ -46,7 +47,7 @@ class TinySystem(nn.Module):
         super().__init__()
         self.dit = LiveAvatar(dit)
         self.speech = SpeechFrontEnd(speech)
-        self.dit.init_weights()
+        init_weights(self.dit)
 
     def forward(self, x: Tensor, sigma: Tensor, batch: dict[str, Tensor], place: "Place") -> Tensor:
         """Flow of noisy clips x [B, 16, F, h, w] at the noise levels sigma [B]."""

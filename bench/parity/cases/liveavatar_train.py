@@ -3,6 +3,7 @@
 import torch
 
 from ....checkpoints_tools.lora import merge_lora
+from ....graphs.models.liveavatar_block import block_mask
 from ....runtime.samplers import add_noise
 from ....train.flow_matching import (
     flow_matching_loss,
@@ -36,7 +37,8 @@ def model_train(case: Case) -> Values:
         add_last_motion=case.json["add_last_motion_argument"],
         ref_shift=case.json["cond_shift"],
     )
-    mask = dit.block_mask(x.shape[2], per_frame, condition)
+    frames = dit.config.num_frames_per_block
+    mask = block_mask(x.shape[2] // frames, frames * per_frame, condition)
     return {"out.flow": flow[0], "mid.attn_mask": mask.to(torch.uint8)}
 
 
