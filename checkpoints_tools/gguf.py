@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..graphs.models.liveavatar import LiveAvatar
+from ..graphs.quantize import Fp8Linear
 from ..graphs.rewrite.recipe import SENSITIVE
 
 Type = Literal["bf16", "q8_0"]
@@ -79,19 +80,25 @@ def write_gguf(
         block, width = gguf.GGML_QUANT_SIZES[types[key]]
         # only the raw type tells what the values are: the dtype given beside it must be no integer of one byte
         writer.add_tensor_info(key, shape, np.dtype(np.float32), value.numel() // block * width, types[key])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for key, value in state.items():
-        writer.write_tensor_data(_stored(value, types[key].name))
-    writer.close()
-    unfinished.replace(path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for key, value in state.items():
+            writer.write_tensor_data(_stored(value, types[key].name))
+        writer.close()
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     found = [kind.name for kind in types.values()]
     return {word: found.count(word) for word in sorted(set(found))}
 
 
 def write_transformer(dit: LiveAvatar, path: Path, kind: Type, name: str) -> dict[str, int]:
     """`write_gguf` of a LiveAvatar transformer, called `name` in the file."""
+    if any(isinstance(module, Fp8Linear) for module in dit.modules()):
+        raise ValueError("this transformer is in FP8, which GGUF does not hold; export it from its bfloat16 weights")
     config = dit.config
     sizes = {
         "block_count": config.num_layers,

@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         table = json.loads(text)
         items = [(name, value) for name, value in table.items() if name != "__metadata__"]
         entries = {name: _entry(path, name, value, 8 + length) for name, value in items}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, UnreadableFile):
             raise
         raise _damaged(path, f"its header is no table of tensors ({type(error).__name__}: {error})") from error

@@ -150,10 +150,15 @@ def _open_shards(index: Path) -> Weights:
     try:
         table: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = [index.parent / shard for shard in dict.fromkeys(table.values())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableFile(
             f"{index} is no index of shards ({type(error).__name__}: {error}); download it again"
         ) from error
+    outside = [name for name in table.values() if Path(name).name != name or name.endswith(".json")]
+    if outside:
+        raise UnreadableFile(
+            f"{index} names {outside[0]!r}, which is no weight file beside it; download the index again"
+        )
     if absent := [shard.name for shard in shards if not shard.is_file()]:
         raise UnreadableFile(
             f"{index} names {len(shards)} shards, of which {_listed(absent)} are not there; download them"

@@ -4,6 +4,7 @@ Graphs may share one pool of working memory (`shared_pool`) when they are replay
 keep nothing in it between replays: results belong in buffers that were allocated outside.
 """
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RECORDING = threading.RLock()
+"""PyTorch traces and records one thing at a time in a process: held by whoever does."""
 WARM_UP = 2  # calls before recording: kernels are compiled, libraries choose their algorithms
 
 
@@ -43,6 +46,13 @@ def record(
 
 
 def _record(function: Callable[[], object], device: torch.device, warm_up: int, handle: Any) -> torch.cuda.CUDAGraph:
+    with RECORDING, torch.cuda.device(device):
+        return _record_here(function, device, warm_up, handle)
+
+
+def _record_here(
+    function: Callable[[], object], device: torch.device, warm_up: int, handle: Any
+) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -83,9 +93,12 @@ class Replay:
             return
         try:
             self.graph = record(self.function, self.device, pool=self.pool)
+        except torch.OutOfMemoryError:
+            raise  # the function itself would not fit either
         except RuntimeError as error:
             self.captured = False
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"this block cannot be captured as a CUDA graph and runs launch by launch: {reason}", stacklevel=3
+                f"this function cannot be recorded as a CUDA graph and runs launch by launch, more slowly: {reason}",
+                stacklevel=3,
             )

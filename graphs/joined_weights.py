@@ -72,4 +72,6 @@ def joined_view(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += t.numel()
     rows = sum(len(t) for t in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    # a first tensor of one row may have any stride there
+    strides = first[0].numel(), *first.stride()[1:]
+    return first.detach().as_strided((rows, *first.shape[1:]), strides, first.storage_offset())

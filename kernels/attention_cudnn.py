@@ -7,11 +7,12 @@ rows. Result like q (contiguous), log-sum-exp float32 [B, H, Lq]. PyTorch's own 
 captured CUDA graph would keep the one that it was recorded with. `attend_fp8` is the same in e4m3: `attention_joined`
 says what it computes.
 Non-finite values: rows beyond `length` must be finite (they are multiplied by zero). Inference only.
-Errors: whatever cuDNN refuses is a RuntimeError (`attention_table.measure` then leaves it out).
+Errors: RuntimeError for what cuDNN refuses.
 Source: the operations "SDPA FP16/BF16 Forward" and "SDPA FP8 Forward" with a padding mask in NVIDIA's documentation of
 the cuDNN frontend.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,14 +42,15 @@ class Plan:
         import cudnn
 
         device = bound[0].device
-        handle = _handle(device.index)
+        handle = _handle(device.index, threading.get_ident())
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
         room = torch.empty(max(self.workspace, 1), dtype=torch.uint8, device=device)
         self.graph.execute(dict(zip(self.tensors, bound, strict=True)), room, handle=handle)
 
 
 @cache
-def _handle(device: int) -> Any:
+def _handle(device: int, thread: int) -> Any:
+    """A handle has one stream at a time, so every thread has its own."""
     import cudnn
 
     with torch.cuda.device(device):
@@ -56,14 +58,16 @@ def _handle(device: int) -> Any:
 
 
 @cache
-def _plan(device: int, dtype: torch.dtype, q: Layout, k: Layout, v: Layout, out: Layout, by_length: bool) -> Plan:
+def _plan(
+    device: int, thread: int, dtype: torch.dtype, q: Layout, k: Layout, v: Layout, out: Layout, by_length: bool
+) -> Plan:
     """Tensors: q, k, v, result; in e4m3 scales and two maxima that nobody reads, else the log-sum-exp; counts."""
     import cudnn
 
     types = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", E4M3: "FP8_E4M3"}
     data, single = getattr(cudnn.data_type, types[dtype]), cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
-        io_data_type=data, intermediate_data_type=single, compute_data_type=single, handle=_handle(device)
+        io_data_type=data, intermediate_data_type=single, compute_data_type=single, handle=_handle(device, thread)
     )
     batch, heads, queries, head_dim = q[0]
     one = [1, 1, 1, 1]
@@ -90,7 +94,13 @@ def _plan(device: int, dtype: torch.dtype, q: Layout, k: Layout, v: Layout, out:
         stats.set_stride([heads * queries, queries, 1, 1])
         further = [stats]
     result.set_output(True).set_dim(list(out[0])).set_stride(list(out[1])).set_data_type(data)
-    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    try:
+        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    except (cudnn.cudnnGraphNotSupportedError, ValueError) as error:
+        raise RuntimeError(
+            f"cuDNN refuses attention of {dtype} queries {q[0]} and keys {k[0]}; update nvidia-cudnn-frontend, or keep "
+            "caches as RingFormat(values='fp8')"
+        ) from error
     return Plan(graph, (*inputs.values(), result, *further, *counts), graph.get_workspace_size())
 
 
@@ -98,7 +108,7 @@ def _plan_for(q: Tensor, k: Tensor, v: Tensor, out: Tensor, by_length: bool) -> 
     """The plan of [B, L, H, d] tensors, and them as it takes them, [B, H, L, d]."""
     moved = [t.transpose(1, 2) for t in (q, k, v, out)]
     layouts = [(tuple(t.shape), tuple(t.stride())) for t in moved]
-    return _plan(q.device.index, v.dtype, *layouts, by_length), moved
+    return _plan(q.device.index, threading.get_ident(), v.dtype, *layouts, by_length), moved
 
 
 @cache

@@ -12,12 +12,13 @@ one implementation launches the kernels. The public function decides with `fused
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_choice: bool | None = None
+_choice: ContextVar[bool | None] = ContextVar("kinora_registered_ops", default=None)  # of each thread
 
 
 def interpreting() -> bool:
@@ -35,23 +36,23 @@ def triton_runs(*tensors: Tensor | None) -> bool:
 
 def fused(*tensors: Tensor | None) -> bool:
     """Whether the public function of an op should call its registered op for these tensors."""
-    return triton_runs(*tensors) if _choice is None else _choice
+    choice = _choice.get()
+    return triton_runs(*tensors) if choice is None else choice
 
 
 def tracing() -> bool:
     """Whether registered ops are wanted everywhere, as a tracer wants them: plain functions then are one node too."""
-    return _choice is True
+    return _choice.get() is True
 
 
 @contextmanager
 def using(registered: bool) -> Iterator[None]:
-    """Force the registered ops (True) or the plain references (False) in this process, for example while tracing."""
-    global _choice
-    before, _choice = _choice, registered
+    """Force the registered ops (True) or the plain references (False) in this thread, for example while tracing."""
+    token = _choice.set(registered)
     try:
         yield
     finally:
-        _choice = before
+        _choice.reset(token)
 
 
 def autograd_by_reference(op: Any, reference: Callable[..., Any]) -> None:

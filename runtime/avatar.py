@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,11 +149,12 @@ class Avatar:
         self.placement.keep(sessions)
         height, width = size or self.system.size or PORTRAIT
         grey = np.full((height, width, 3), 128, np.uint8)
-        opened = [self.stream(grey, size=(height, width), steps=steps) for _ in range(sessions)]
-        opened[0].feed(np.zeros(1, np.float32))
-        opened[0].finish()
-        for session in opened:
-            session.close()
+        with ExitStack() as opened:
+            streams = [
+                opened.enter_context(self.stream(grey, size=(height, width), steps=steps)) for _ in range(sessions)
+            ]
+            streams[0].feed(np.zeros(1, np.float32))
+            streams[0].finish()
         return time.perf_counter() - started
 
     def generate(

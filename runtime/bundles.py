@@ -79,7 +79,7 @@ def export_bundle(
         {"path": name, "size": path.stat().st_size, "sha256": file_sha256(path)}
         for name, path in source_files(model, checkpoint).items()
     ]
-    manifest["licences"] = list(LICENCES.get(manifest["model"], ()))
+    manifest["licences"] = list(LICENCES.get(os.fspath(model), ()))  # a folder of one's own is not ours
     try:
         return write_bundle(Path(output), parts.tensors, manifest, copies=parts.copies, overwrite=overwrite)
     except BundleError as error:

@@ -42,7 +42,7 @@ def load(
       for the published ones.
     - `placement`: "single" (the plain steps on one device) or "captured" (compiled, on a GPU as CUDA graphs; the first
       session of a size pays for that, see `Avatar.warm_up`); "auto" is captured on CUDA and single elsewhere.
-    - `device`: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
+    - `device`: "cpu" or "cuda" (the current device); "auto" takes CUDA where there is one.
 
     Errors: InputError for an unknown name or option (with what there is), CheckpointError for missing files or
     weights that do not fit.
@@ -122,4 +122,9 @@ def pick_device(device: str) -> "torch.device":
         raise InputError(f"{device!r} is no device; use 'auto', 'cpu' or 'cuda'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here; use device='cpu' or 'auto'")
+    if chosen.type == "cuda" and chosen.index not in (None, torch.cuda.current_device()):
+        raise InputError(
+            f"{device!r} is not the current CUDA device; choose one with CUDA_VISIBLE_DEVICES={chosen.index}, or call "
+            "torch.cuda.set_device before loading"
+        )
     return chosen

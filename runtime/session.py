@@ -62,11 +62,11 @@ class Session:
             try:
                 with self._engine.turn:
                     self._blocks: BlockStream | None = open_blocks(self._engine)
+                # features [K, C, n] of frames that do not fill a block yet
+                self._pending = self._features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
             except BaseException:
                 self._engine.release()
                 raise
-            # features [K, C, n] of frames that do not fill a block yet
-            self._pending = self._features.push(torch.zeros(mode.lead_frames * mode.samples_per_frame))
         self._opening = time.perf_counter() - started
         self._working = 0.0
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinora.checkpoints_tools.bundle.format import read_index
+from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.read import Bundle
-from kinora.checkpoints_tools.bundle.verify import sqnr
+from kinora.checkpoints_tools.bundle.verify import sqnr, verify
 from kinora.checkpoints_tools.bundle.write import write_bundle
 from kinora.runtime import load
 from kinora.runtime.bundles import export_bundle, verify_bundle
@@ -249,3 +249,27 @@ def test_bad_input_is_one_line(
 def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a bundle already"):
         export_bundle(bundle, tmp_path / "b")
+
+
+def test_a_part_that_is_missing_is_found(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(3)}
+    made = Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"}))
+    assert verify(made, {"dit": tensors, "vae": tensors}).problems == [
+        "the bundle lacks the part vae, which its source has"
+    ]
+
+
+def test_a_replacement_that_fails_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"dit": {"w": torch.ones(3)}}
+    made = write_bundle(tmp_path / "b", tensors, {"model": "x"})
+    before, rename = (made / "dit.safetensors").read_bytes(), Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if target == made and "-old-" not in path.name:
+            raise OSError(5, "the disk went away")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(BundleError, match="what was there before is kept"):
+        write_bundle(made, {"dit": {"w": torch.zeros(3)}}, {"model": "x"}, overwrite=True)
+    assert (made / "dit.safetensors").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["b"]

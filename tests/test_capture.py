@@ -1,7 +1,10 @@
 """A training step as one CUDA graph; on a CPU a plain call."""
 
+import threading
+
 import pytest
 import torch
+from kinora.kernels import dispatch
 from kinora.train.capture import CapturedStep
 from torch import nn
 
@@ -38,3 +41,13 @@ def test_a_captured_step_trains_like_the_plain_one() -> None:
         return [step(x)[0].item() for x in batches]
 
     assert losses(captured=True) == pytest.approx(losses(captured=False), rel=1e-4)
+
+
+def test_a_choice_of_ops_is_of_one_thread() -> None:
+    seen = []
+    with dispatch.using(True):
+        other = threading.Thread(target=lambda: seen.append(dispatch.tracing()))
+        other.start()
+        other.join()
+        assert dispatch.tracing()
+    assert seen == [False] and not dispatch.tracing()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kinora.graphs.joined_weights import joined_view
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.models.liveavatar_memory import RingFormat
 from kinora.graphs.quantize import quantize_linears
@@ -195,3 +196,10 @@ def test_joined_weights_are_held_once(quantised: bool) -> None:
                 assert value.untyped_storage().data_ptr() in held
     for name, value in dit.state_dict().items():
         assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+def test_one_row_may_have_any_stride() -> None:
+    held = torch.arange(17.0)
+    parts = [held[:4].as_strided((1, 4), (17, 1)), held[4:12].view(2, 4)]
+    view = joined_view(parts)
+    assert view is not None and torch.equal(view, torch.cat(parts))

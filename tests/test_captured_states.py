@@ -1,6 +1,7 @@
 """The speech encoder as CUDA graphs, on a CPU as plain calls: the same values, recorded before a session needs them."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -201,3 +202,13 @@ def test_graphs_give_the_values_of_the_launches() -> None:
         found = states.stacked(wave)
         assert found.is_cuda
         torch.testing.assert_close(found.cpu(), speech.stacked(wave), rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_mix_their_states() -> None:
+    """The states are seen by hooks on layers that all callers share."""
+    speech, waves = encoder(), [torch.randn(4000) for _ in range(2)]
+    wanted = [speech.stacked(wave) for wave in waves]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: speech.stacked(waves[i % 2]), range(16)))
+    for i, states in enumerate(found):
+        torch.testing.assert_close(states, wanted[i % 2], rtol=0, atol=0)

@@ -131,3 +131,9 @@ def test_the_command_without_the_package(
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["export", "gguf", str(write_model(tmp_path / "model")), "-o", str(tmp_path / "a.gguf")]) == 2
     assert 'install it with pip install "kinora[export]"' in capsys.readouterr().err
+
+
+def test_fp8_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bundle", "export", "tiny", "--precision", "fp8", "-o", str(tmp_path / "tiny8")]) == 0
+    assert main(["export", "gguf", str(tmp_path / "tiny8"), "-o", str(tmp_path / "t.gguf")]) == 2
+    assert "is in FP8" in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.glob("*.gguf*"))

@@ -166,6 +166,8 @@ def shards(folder: Path) -> Path:
         ({"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}, r": c \(one"),
         ({"weights": {}}, "no index of shards"),
         ({"weight_map": ["a"]}, "no index of shards"),
+        ({"weight_map": {"a": "model.safetensors.index.json"}}, "which is no weight file beside it"),
+        ({"weight_map": {"a": "../one.safetensors"}}, "which is no weight file beside it"),
     ],
 )  # fmt: skip
 def test_an_index_that_does_not_fit_its_shards(index: dict, told: str, tmp_path: Path) -> None:

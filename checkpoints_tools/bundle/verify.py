@@ -43,6 +43,8 @@ def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = N
     """
     found = Verification()
     _check_hashes(bundle, found)
+    for part in sorted(set(source or ()) - {file.part for file in bundle.index.files}):
+        found.problems.append(f"the bundle lacks the part {part}, which its source has")
     for file in bundle.index.files:
         records = bundle.records(file.part)
         found.tensors += len(records)

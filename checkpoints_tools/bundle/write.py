@@ -92,7 +92,7 @@ def _folder(folder: Path, needed: int) -> Iterator[Path]:
         _replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise BundleError(f"{folder} could not be written ({error.strerror}); nothing is left of it") from error
+        raise BundleError(f"{folder} could not be written ({error.strerror}); what was there before is kept") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -104,8 +104,12 @@ def _replace(partial: Path, folder: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     folder.rename(old)  # an empty folder is replaced
-    partial.rename(folder)
-    shutil.rmtree(old)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_part(

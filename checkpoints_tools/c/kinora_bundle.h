@@ -238,15 +238,24 @@ static uint32_t kinora__crc(const kinora_bundle *b, const unsigned char *p, uint
     return ~crc;
 }
 
+#if defined(KINORA_BUNDLE_READ) && defined(_WIN32)
+#define kinora__seek _fseeki64 /* a long has 32 bits there */
+#define kinora__tell _ftelli64
+#elif defined(KINORA_BUNDLE_READ)
+#define kinora__seek fseek
+#define kinora__tell ftell
+#endif
+
 /* A whole file. An empty one is refused: nothing of a bundle is empty. */
 static kinora_status kinora__map(const char *path, uint64_t largest, kinora__memory *memory, kinora_error *error) {
 #if defined(KINORA_BUNDLE_READ)
     FILE *file = fopen(path, "rb");
-    long size = -1;
+    int64_t size = -1;
     unsigned char *bytes;
     if (!file) return kinora__fail(error, KINORA_CANNOT_READ, "%.180s cannot be opened", path);
-    if (fseek(file, 0, SEEK_END) == 0) size = ftell(file);
-    if (size <= 0 || (uint64_t)size > largest || fseek(file, 0, SEEK_SET) != 0) {
+    if (kinora__seek(file, 0, SEEK_END) == 0) size = (int64_t)kinora__tell(file);
+    if (size <= 0 || (uint64_t)size > largest || (uint64_t)(size_t)size != (uint64_t)size ||
+        kinora__seek(file, 0, SEEK_SET) != 0) {
         fclose(file);
         return kinora__fail(error, KINORA_CANNOT_READ, "%.180s is empty, too large, or no file", path);
     }
@@ -476,7 +485,11 @@ static kinora_status kinora__map_file(kinora_bundle *b, const char *folder, uint
     char *path = kinora__path(folder, file.name);
     kinora_status status;
     if (!path) return kinora__fail(error, KINORA_NO_MEMORY, "no memory for the name of a file");
+#if defined(KINORA_BUNDLE_READ)
+    status = kinora__map(path, file.size, &b->maps[number], error); /* never more memory than the index says */
+#else
     status = kinora__map(path, KINORA__LARGEST, &b->maps[number], error);
+#endif
     free(path);
     if (status != KINORA_OK) return status;
     if (b->maps[number].size != file.size)

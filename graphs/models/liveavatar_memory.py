@@ -190,7 +190,7 @@ class JoinedFp8Memory:
         kept_k, kept_v = self.cache.condition
         rotate_rows_into(k, rope, kept_k, self.scale_k)
         largest = torch.linalg.vector_norm(v, float("inf")).float()  # one reading of v
-        fresh = 448.0 / (HEADROOM * largest.clamp(min=1e-12))
+        fresh = torch.where(largest > 0, 448.0 / (HEADROOM * largest.clamp(min=1e-12)), 1.0)  # blank: any scale will do
         self.scale_v.copy_(torch.where(self.scales[2] == 0, fresh, self.scale_v))
         # a weighted mean of values is no larger than they are, and mostly much smaller
         one = self.scale_v[:1]

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...kernels import dispatch
+from ..capture import RECORDING
 from .work import Work
 
 LIFETIMES = ("model", "schedule", "prompt", "block", "step")
@@ -127,7 +128,7 @@ def trace(function: Callable[..., Any], arguments: Mapping[str, Argument], model
         }
         return function(**rebuilt)
 
-    with dispatch.using(True), torch.no_grad(), _layers(model):
+    with RECORDING, dispatch.using(True), torch.no_grad(), _layers(model):
         module = make_fx(flat, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*tensors)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, (name, lifetime) in zip(inputs, places, strict=True):

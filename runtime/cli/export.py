@@ -70,6 +70,7 @@ def aoti(
     names = ("step", "decode") if part is Part.all else (part.value,)
     for name in names:
         check_overwrite(output / f"{name}.pt2", overwrite)
+    check_overwrite(output / "stream.pt", overwrite)
     if not any(shutil.which(name) for name in COMPILERS):
         raise InputError(f"there is no C++ compiler ({', '.join(COMPILERS)}); install one, for example the package g++")
     pixels = parse_size(size)
@@ -136,7 +137,12 @@ def gguf(
         from ..load import load
 
         dit = load(model, checkpoint=checkpoint, precision=precision, device="cpu").system.dit
-        counts = write_transformer(dit, output, kind.value, model)
+        try:
+            counts = write_transformer(dit, output, kind.value, model)
+        except ValueError as error:
+            raise InputError(f"{model}: {error}") from error
+        except OSError as error:
+            raise OutputError(f"{output} could not be written ({error}); nothing is left of it") from error
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise

@@ -28,7 +28,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 0,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the video, or one number for a square.")] = "",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default what the model was made for.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8.")] = "auto",
     placement: Annotated[
         str, typer.Option(help="single: plain steps; captured: compiled, on a GPU as CUDA graphs; auto.")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,10 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+_HOOKING = threading.Lock()
+"""The states are seen by hooks on the layers, which another thread's call would set off too."""
+
+
 class Wav2Vec2Encoder(nn.Module):
     """Normalised waveform -> all hidden states; eval mode, no gradients, no attention mask."""
 
@@ -171,6 +176,10 @@ class Wav2Vec2Encoder(nn.Module):
 
         Entry 0 enters the first layer; the last entry is the model's output (after the final norm when `stable`).
         """
+        with _HOOKING:
+            return self._encode(features)
+
+    def _encode(self, features: Tensor) -> list[Tensor]:
         states: list[Tensor] = []
         layers = self.model.encoder.layers
         hooks = [layers[0].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))]

@@ -1,5 +1,6 @@
 """The placements on one device: plain steps, and captured ones from a pool of compiled engines."""
 
+import gc
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -108,7 +109,11 @@ class CapturedPlacement:
             if not self._rehearsed:
                 self._rehearse_audio(mode)
             engine = self.engines.take(EngineKey.of(mode, grid))
-            engine.denoiser.begin(context)
+            try:
+                engine.denoiser.begin(context)
+            except BaseException:
+                engine.release()
+                raise
             return engine
 
     def audio_features(self, mode: GenerationMode) -> AudioFeatures:
@@ -120,6 +125,9 @@ class CapturedPlacement:
 
     def _build(self, key: EngineKey) -> CapturedEngine:
         dit, vae = self.system.dit, self.system.vae
+        gc.collect()  # an engine that made room refers to itself, and would keep its memory
+        if dit.device.type == "cuda":
+            torch.cuda.empty_cache()
         mode = GenerationMode(
             steps=key.steps,
             sample_shift=key.sample_shift,
