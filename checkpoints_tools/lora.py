@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .keymaps import KeyMap
@@ -30,6 +31,7 @@ from .lora_names import (
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 PREFIX = "base_model.model."
 PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # the same in the metadata of a safetensors file
 
 
 def is_target(module: str, targets: Sequence[str] = LORA_TARGETS) -> bool:
@@ -63,25 +65,35 @@ class Scaling:
 
     @classmethod
     def beside(cls, file: Path) -> "Scaling":
-        """From the `adapter_config.json` in the folder of an adapter file; a scale of one where there is none.
+        """From the `adapter_config.json` in the folder of an adapter file, or the same kept in a safetensors file's
+        metadata, as diffusers does; a scale of one where there is neither.
 
         Raises ValueError for a configuration that is none or that asks for more than LoRA.
         """
         path = file.parent / PEFT_CONFIG
-        if not path.is_file():
+        text = path.read_text() if path.is_file() else _kept_config(file)
+        if text is None:
             return cls()
         try:
-            config = json.loads(path.read_text())
+            # diffusers' pipelines put the model before each name: "transformer.r"
+            config = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
             scaling = cls(
                 float(config["lora_alpha"]),
                 bool(config.get("use_rslora")),
                 {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no configuration of a LoRA ({error!r})") from error
+            raise ValueError(f"the configuration of {file} is none of a LoRA ({error!r})") from error
         if config.get("use_dora"):
-            raise ValueError(f"{path} describes DoRA, which is not merged; merge it with peft's merge_and_unload first")
+            raise ValueError(f"{file} is DoRA, which is not merged; merge it with peft's merge_and_unload first")
         return scaling
+
+
+def _kept_config(file: Path) -> str | None:
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    with safe_open(file, "pt") as opened:
+        return (opened.metadata() or {}).get(DIFFUSERS_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,10 @@ def read_lora(
         name = without_prefix(key)
         if found := split_ending(name, FACTORS):
             if ours := names.find(f"{found[0]}.weight"):
-                factors.setdefault(ours.removesuffix(".weight"), {})[found[1]] = value
+                sides = factors.setdefault(ours.removesuffix(".weight"), {})
+                if found[1] in sides:
+                    raise KeyError(f"{key} stands for {ours} a second time; take one of the two out of the file")
+                sides[found[1]] = value
             else:
                 unmatched.add(found[0])
         elif name.endswith(ALPHA):
@@ -203,17 +218,19 @@ def _some(names: set[str]) -> str:
 def merge_lora(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Tensor],
-    alpha: float | None,
+    alpha: float | Scaling | None,
     targets: Sequence[str] = LORA_TARGETS,
     keymap: KeyMap | None = None,
 ) -> list[str]:
     """Merge in place into `weights` (a state dict); returns the merged module names.
 
-    The rank is that of the adapter; `alpha` None stands for the rank. Tensors of the file that are parameters
+    The rank is that of the adapter; `alpha` None stands for the rank, `Scaling.beside(file)` is what the file's own
+    configuration says. Tensors of the file that are parameters
     themselves replace theirs. KeyError when a target has no adapter, an adapter no target, or one of its two factors
     is missing; ValueError when shapes differ. Nothing is changed then.
     """
-    found = read_lora(lora, weights, Scaling(alpha), keymap, targets)
+    scaling = alpha if isinstance(alpha, Scaling) else Scaling(alpha)
+    found = read_lora(lora, weights, scaling, keymap, targets)
     found.check({name: value.shape for name, value in weights.items()})
     for name in found.changed:
         weights[name].copy_(found.apply(name, weights[name]))

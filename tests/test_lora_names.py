@@ -12,6 +12,7 @@ from kinora.checkpoints_tools.lora_names import FACTORS, Names, split_ending, wi
 from kinora.checkpoints_tools.sources import open_weights
 from kinora.graphs.models.wan import WanModel
 from kinora.graphs.models.wan_configs import WanConfig
+from safetensors.torch import save_file
 from torch import Tensor
 
 peft = pytest.importorskip("peft")
@@ -89,10 +90,32 @@ def test_a_configuration_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DoRA, which is not merged"):
         Scaling.beside(file)
     path.write_text(json.dumps({"r": 8}))
-    with pytest.raises(ValueError, match="no configuration of a LoRA"):
+    with pytest.raises(ValueError, match="none of a LoRA"):
         Scaling.beside(file)
     path.unlink()
     assert Scaling.beside(file) == Scaling() and Scaling().of("blocks.0.q", 4) == 1.0
+
+
+def test_the_configuration_that_diffusers_keeps_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    kept = {"transformer.r": 4, "transformer.lora_alpha": 32, "transformer.alpha_pattern": {"o": 8}}
+    save_file({"x": torch.ones(1)}, file, {"lora_adapter_metadata": json.dumps(kept)})
+    scaling = Scaling.beside(file)
+    assert scaling.of("blocks.0.self_attn.q", 4) == 8.0 and scaling.of("blocks.0.self_attn.o", 4) == 2.0
+
+
+def test_a_layer_that_stands_twice_is_refused() -> None:
+    weights = {"blocks.0.q.weight": torch.zeros(3, 5)}
+    pair = {"lora_A.weight": torch.ones(2, 5), "lora_B.weight": torch.ones(3, 2)}
+    twice = {
+        f"{prefix}.blocks.0.q.{side}": value
+        for prefix in ("transformer", "diffusion_model")
+        for side, value in pair.items()
+    }
+    with pytest.raises(KeyError, match="a second time"):
+        merge_lora(weights, twice, None, ())
+    merge_lora(weights, dict(list(twice.items())[:2]), Scaling(8.0), ())
+    assert torch.equal(weights["blocks.0.q.weight"], torch.full((3, 5), 8.0))
 
 
 # -- other tools ------------------------------------------------------------------------------------------------------
