@@ -12,10 +12,9 @@ from torch import Tensor
 from ..checkpoints_tools.bundle.format import BundleError
 from ..checkpoints_tools.bundle.read import Bundle, is_bundle
 from ..checkpoints_tools.bundle.verify import Verification, verify
-from ..checkpoints_tools.bundle.write import file_sha256, write_bundle
+from ..checkpoints_tools.bundle.write import check_goal, file_sha256, write_bundle
 from ..graphs.models.liveavatar import LiveAvatar
-from ..graphs.quantize import LIVEAVATAR_IGNORE, quantize_linears
-from ..kernels.quantize_rows import Granularity
+from ..graphs.quantize import LIVEAVATAR_IGNORE
 from .errors import CheckpointError, InputError, OutputError
 from .load import TINY_FOLDER, load
 from .systems.bundle_parts import parts_of
@@ -24,7 +23,6 @@ from .systems.liveavatar import LiveAvatarSystem
 from .systems.liveavatar_mode import GenerationMode
 
 PRECISIONS = ("float32", "bfloat16", "fp8")
-GRANULARITY: Granularity = "row"
 PUBLISHED = "liveavatar-14b"
 LICENCES = {
     "tiny": ({"what": "weights", "licence": "Apache-2.0", "from": "Kinora"},),
@@ -57,14 +55,18 @@ def export_bundle(
     """
     if is_bundle(Path(model)):
         raise InputError(f"{model} is a bundle already; copy its folder")
-    system = source_system(model, checkpoint=checkpoint, precision=precision, device=device)
+    _check_precision(precision)
+    try:
+        check_goal(Path(output), overwrite)
+    except BundleError as error:
+        raise OutputError(str(error)) from error
+    # in FP8 quantised on the way, so that all of bfloat16 is never held
+    system = load(model, checkpoint=checkpoint, precision=precision, placement="single", device=device).system
     if prompt is not None:
         if isinstance(system.encode_prompt, FixedPrompt):
             raise InputError(f"{model} takes no words; leave out the prompt")
         with torch.inference_mode():
             system = replace(system, encode_prompt=FixedPrompt(system.encode_prompt(prompt), prompt))
-    if precision == "fp8":
-        quantize_linears(system.dit, LIVEAVATAR_IGNORE, GRANULARITY)
     parts = parts_of(system)
     if tables:
         parts.tensors["tables"] = schedule_tables(system.dit, system.mode)
@@ -89,11 +91,15 @@ def export_bundle(
 def source_system(
     model: str | os.PathLike[str], *, checkpoint: str | os.PathLike[str] | None, precision: str, device: str
 ) -> LiveAvatarSystem:
-    """The system that a bundle of `precision` is made of, linear layers not quantised yet."""
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+    """The system that a bundle of `precision` is compared with: its linear layers are not quantised."""
+    _check_precision(precision)
     kept = "float32" if precision == "float32" else "bfloat16"
     return load(model, checkpoint=checkpoint, precision=kept, device=device).system
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
 
 
 def source_files(model: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Path]:

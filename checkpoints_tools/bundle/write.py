@@ -48,10 +48,7 @@ def write_bundle(
     Raises BundleError when the folder exists, names or dtypes do not fit, or the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise BundleError(f"{folder} exists; choose another name, or overwrite it")
-    if folder.exists() and not ((folder / INDEX_FILE).is_file() or (folder.is_dir() and not any(folder.iterdir()))):
-        raise BundleError(f"{folder} exists and is no bundle; it is not overwritten")
+    check_goal(folder, overwrite)
     copies = {HEADER_SOURCE.name: HEADER_SOURCE, **(copies or {})}
     needed = sum(t.nbytes for part in parts.values() for t in part.values())
     needed += sum(path.stat().st_size for path in copies.values())
@@ -73,6 +70,14 @@ def write_bundle(
         complete = {"format": FORMAT, "version": 1, **manifest, "files": hashes}
         (partial / MANIFEST_FILE).write_text(json.dumps(complete, indent=1) + "\n")
     return folder
+
+
+def check_goal(folder: Path, overwrite: bool) -> None:
+    """BundleError when a bundle may not be written to `folder`, which is worth knowing before a model is loaded."""
+    if folder.exists() and not overwrite:
+        raise BundleError(f"{folder} exists; choose another name, or pass --overwrite (overwrite=True)")
+    if folder.exists() and not ((folder / INDEX_FILE).is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+        raise BundleError(f"{folder} exists and is no bundle; it is not overwritten")
 
 
 @contextmanager
