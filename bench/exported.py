@@ -8,7 +8,6 @@ and the program's own report with its times. `--device cpu` tries the script its
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..graphs.host_compiler import sharing_compiler
 from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
 from ..graphs.models.wan_vae import BF16, WAN21_VAE, WanVae
 from ..graphs.quantize import quantize_linears
@@ -93,10 +93,11 @@ def two_layers(device: torch.device, fp8: bool = False) -> Case:
 def build(device: torch.device, folder: Path) -> Path:
     """Build examples/cpp; the path of its program."""
     torch_folder = Path(torch.__file__).parent
-    program = folder / "kinora_stream"
+    program, compiler = folder / "kinora_stream", sharing_compiler()
     if shutil.which("cmake"):
         prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
         configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), prefix]
+        configure.append(f"-DCMAKE_CXX_COMPILER={shutil.which(compiler) or compiler}")
         made = [subprocess.run(configure, capture_output=True, text=True, check=False)]
         if made[0].returncode == 0:
             made.append(subprocess.run(["cmake", "--build", str(folder)], capture_output=True, text=True, check=False))
@@ -106,7 +107,7 @@ def build(device: torch.device, folder: Path) -> Path:
         print("CMake failed, the compiler alone will do:", (made[-1].stderr or made[-1].stdout)[-1500:])
     libraries = ["torch", "torch_cpu", "c10"] + ["torch_cuda", "c10_cuda"] * (device.type == "cuda")
     include = torch_folder / "include"
-    command: list[Any] = [os.environ.get("CXX", "g++"), "-std=c++20", "-O2", SOURCE / "stream.cpp", "-o", program]
+    command: list[Any] = [compiler, "-std=c++20", "-O2", SOURCE / "stream.cpp", "-o", program]
     command += ["-isystem", include, "-isystem", include / "torch/csrc/api/include"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-L{torch_folder / 'lib'}"]
     command += [f"-Wl,-rpath,{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined"]

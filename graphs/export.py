@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .export_memory import ArgumentMemory
+from .host_compiler import sharing_compiler
 from .lowering import Lowered
 from .models.liveavatar import LiveAvatar, TextState
 from .models.liveavatar_cache import ConditionCache, KeyValue, condition_table
@@ -173,5 +174,6 @@ def package(part: Part, path: Path) -> Path:
         options = {
             "aot_inductor.metadata": part.metadata,
             "comprehensive_padding": False,  # our kernels read tensors with the strides that tracing saw
+            "cpp.cxx": (None, sharing_compiler()),
         }
         return Path(aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options))
