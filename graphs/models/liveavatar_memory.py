@@ -228,7 +228,8 @@ def _joined(projected: Projected) -> Tensor:
 @dataclass(frozen=True)
 class RingFormat:
     """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3 in
-    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined")."""
+    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined"; then those of the
+    prompt are e4m3 too, see `liveavatar_text`)."""
 
     dtype: torch.dtype = torch.bfloat16
     values: Values | Literal["joined"] | None = None
