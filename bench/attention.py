@@ -111,7 +111,7 @@ def by_cudnn(report: Report, x: Stream, want: Tensor) -> None:
     report.run("cudnn-frontend bf16, joined cache", 1e-2, lambda: relative_l2(half()[0], want), half, x.shape.flops)
     tensors = (x.q, x.joined.k, x.joined.v)
     scale_q, scale_k, scale_v = (448 / t.float().abs().amax().reshape(1) for t in tensors)
-    scales = attention_joined.joined_scales(scale_q, scale_k, scale_v, 4 * scale_v)
+    scales = attention_joined.joined_scales(scale_q, scale_k, scale_v, 4 * scale_v, x.shape.tokens)
     q8, k8, v8 = (
         quantize_heads(t, s.expand(x.shape.heads)) for t, s in zip(tensors, (scale_q, scale_k, scale_v), strict=True)
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
-from ..graphs.models.liveavatar_memory import Fp8Memory, LayerMemory
+from ..graphs.models.liveavatar_memory import Fp8Memory, LayerMemory, RingFormat
 from ..graphs.models.wan_vae import BF16_AUTOCAST, WAN21_VAE, WanVae
 from ..graphs.quantize import quantize_linears
 from ..graphs.rewrite.nodes import VIEWS
@@ -119,8 +119,10 @@ def _tensors(thing: object, visited: set[int]) -> Iterator[Tensor]:
         yield from _tensors(part, visited)
 
 
-def published(precision: str, batched: bool = False, size: tuple[int, int] = PUBLISHED_SIZE) -> list[Part]:
-    """LiveAvatar 14B and the Wan VAE in "bf16" or "fp8", at `size` (height, width)."""
+def published(
+    precision: str, batched: bool = False, size: tuple[int, int] = PUBLISHED_SIZE, ring: RingFormat | None = None
+) -> list[Part]:
+    """LiveAvatar 14B and the Wan VAE in "bf16" or "fp8", at `size` (height, width); `ring` None: in slots for FP8."""
     with torch.device("meta"):
         dit, vae = LiveAvatar(LIVEAVATAR_14B), WanVae(WAN21_VAE, BF16_AUTOCAST)
     dit.to(torch.bfloat16).eval().requires_grad_(False)
@@ -129,7 +131,7 @@ def published(precision: str, batched: bool = False, size: tuple[int, int] = PUB
     grid = size[0] // 8, size[1] // 8
     kind = BatchedSteps if batched else CapturedBlock
     with torch.no_grad():
-        stream = kind(dit, torch.zeros(1, LIVEAVATAR_14B.text_dim, device="meta"), STREAM, grid)
+        stream = kind(dit, torch.zeros(1, LIVEAVATAR_14B.text_dim, device="meta"), STREAM, grid, ring=ring)
         scratch = Scratch()
         decoder = StreamingDecoder(vae, *grid, DECODED, scratch=scratch)
         encoder = StreamingEncoder(vae, *size, ENCODED, scratch=scratch)
@@ -140,8 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kinora.bench.memory", description=__doc__.split("\n\n")[0])
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
     parser.add_argument("--batched", action="store_true", help="the steps of consecutive blocks in one forward")
+    parser.add_argument("--joined", action="store_true", help="caches in one buffer, as where cuDNN's frontend is")
     args = parser.parse_args(argv)
-    parts = published(args.precision, args.batched)
+    if args.joined and args.precision != "fp8":
+        parser.error("--joined is for --precision fp8; bf16 caches are always in one buffer")
+    ring = RingFormat(torch.bfloat16, "joined") if args.joined else None
+    parts = published(args.precision, args.batched, ring=ring)
     for part in parts:
         print(f"{part.name:34} {part.bytes / 1e9:7.2f} GB")
     print(f"{'all':34} {sum(part.bytes for part in parts) / 1e9:7.2f} GB")

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..kernels.head_norm_fp8 import head_norm_fp8
 from ..kernels.kv_cache import qkv_norm_rope, qkv_norm_rope_fp8, rotate_rows_into
 from ..kernels.qk_norm_rope import apply_rope, head_norm, qk_norm_rope
 from ..kernels.qk_norm_rope import reference as qk_reference
@@ -44,6 +45,10 @@ def query_key_path(report: Report, x: Stream, copy_rate: float) -> None:
     def single() -> float:
         want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), None, s.heads)[0]
         return relative_l2(head_norm(q, weights[0], s.heads), want)
+
+    def single_fp8() -> float:
+        want = qk_reference(q.float(), k.float(), weights[0].float(), weights[1].float(), None, s.heads)[0]
+        return relative_l2(head_norm_fp8(q, weights[0], scale_q, s.heads).float() / scale_q[:, None], want)
 
     def fp8() -> float:
         cache = torch.full((1, s.tokens, s.heads, s.head_dim), 7.0, device=DEVICE).to(E4M3)
@@ -91,6 +96,9 @@ def query_key_path(report: Report, x: Stream, copy_rate: float) -> None:
     def text_queries(block: Tensor, _: Tensor) -> Tensor:
         return head_norm(block.chunk(3, -1)[0], weights[0], s.heads)
 
+    def text_queries_fp8(block: Tensor, _: Tensor) -> Tensor:
+        return head_norm_fp8(block.chunk(3, -1)[0], weights[0], scale_q, s.heads)
+
     def run(
         name: str, bound: float, check: Callable[[], float], call: Callable[[Tensor, Tensor], object], moved: float
     ) -> None:
@@ -102,6 +110,7 @@ def query_key_path(report: Report, x: Stream, copy_rate: float) -> None:
     run("store_values_fp8", 4e-2, values, lambda block, place: ring.store_values(heads_v(block), place), 3.0 * row)
     run("qk_norm_rope bf16", 1e-2, plain, both, 8.0 * row)
     run("head_norm bf16 (text queries)", 1e-2, single, text_queries, 4.0 * row)
+    run("head_norm fp8 (text queries)", 4e-2, single_fp8, text_queries_fp8, 3.0 * row)
     rotations(report, x, copy_rate)
 
 

@@ -135,7 +135,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor | None = None) -> tup
 
 
 def attend_fp8(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> Tensor:
-    """Result [B, Lq, H, d] in e4m3; `scales` float32 [7] of `attention_joined.joined_scales`."""
+    """Result [B, Lq, H, d] in e4m3; `scales` of `attention_joined.joined_scales`."""
     out = torch.empty(q8.shape, dtype=E4M3, device=q8.device)
     plan, moved = _plan_for(q8, k8, v8, out, True)
     maxima = torch.empty(2, dtype=torch.float32, device=q8.device)

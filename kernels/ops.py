@@ -10,6 +10,7 @@ from .fp8_linear import fp8_linear
 from .fp8_matmul import fp8_matmul
 from .gated_residual import gated_residual
 from .gather_taps import gather_taps
+from .head_norm_fp8 import head_norm_fp8
 from .kv_cache import qkv_norm_rope, qkv_norm_rope_fp8
 from .linear import linear
 from .norm import layer_norm, rms_norm
@@ -37,6 +38,7 @@ __all__ = [
     "gather_taps",
     "gelu_quantize_rows",
     "head_norm",
+    "head_norm_fp8",
     "layer_norm",
     "linear",
     "next_history",

@@ -28,8 +28,12 @@ def test_a_joined_fp8_cache(case: Case, kernel_device: torch.device) -> None:
     torch.testing.assert_close((out8.float() * descale[..., None]).to(found.dtype), found, rtol=0, atol=0)
     with pytest.raises(ValueError, match="must be e4m3"):
         attention_joined.attention_joined(q, k8, v8, length, scales)
+    assert descale.shape == (*q8.shape[:2], 1) and descale.untyped_storage()._cdata == scales.untyped_storage()._cdata
+    assert descale.storage_offset() * descale.itemsize % 16 == 0, "products want their scales aligned"
     with pytest.raises(ValueError, match="do not fit"):
         attention_joined.attention_joined(q8, k8[:, :, :1], v8, length, scales)
+    with pytest.raises(ValueError, match=f"at least {q8.shape[0] * q8.shape[1]} rows"):
+        attention_joined.attention_joined(q8, k8, v8, length, scales[:-1])
 
 
 # The table

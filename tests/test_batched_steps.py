@@ -104,11 +104,14 @@ def test_fp8_is_the_captured_block(values: str) -> None:
         wanted = in_order(CapturedBlock(dit, prompt, MODE, GRID, ring=ring), inputs, given)
         steps = BatchedSteps(dit, prompt, MODE, GRID, ring=ring)
         found = batched(steps, inputs, given)
+    # text in e4m3 ("joined"): a prefill launch by launch rounds its attention once more than a compiled one
     for one, other in zip(found, wanted, strict=True):
-        assert error(one, other) < 1e-2
+        assert error(one, other) < (2e-2 if values == "joined" else 1e-2)
     emitted = next(report for report in steps.compile().reports if report.name == "emit")
     joined = sum(line.startswith("cat") for line in emitted.lines)  # the attention of all samples
     assert joined == (CONFIG.num_layers if values == "joined" else 0)
+    text = sum(line.startswith("attention_joined") for line in emitted.lines)  # all samples are one of many queries
+    assert text == joined
 
 
 def test_a_stream_shorter_than_the_steps_and_a_second_one() -> None:

@@ -105,8 +105,12 @@ def test_a_joined_cache_hands_e4m3_to_the_next_product() -> None:
         found, wanted = run(emitting, inputs, dit), run(plain, inputs, dit)
     assert emitting.program is not None
     made = next(report for report in emitting.program.reports if report.name == "emit")
-    assert sum("attention_joined" in line for line in made.lines) == CONFIG.num_layers
+    assert sum("attention_joined" in line for line in made.lines) == 2 * CONFIG.num_layers  # to itself, to the text
     assert error(found, wanted) < 3e-2
+    targets = [str(node.target) for node in emitting.program.graph.nodes]
+    assert targets.count("kinora.head_norm_fp8.default") == CONFIG.num_layers
+    before = [str(node.target) for node in plain.program.graph.nodes]  # type: ignore[union-attr]
+    assert sum("quantize_rows" in name for name in targets) < sum("quantize_rows" in name for name in before)
 
 
 def test_the_compiler_quantises_like_the_model() -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kinora.kernels import dispatch, ops
+from kinora.kernels import dispatch, head_norm_fp8, ops
 from kinora.kernels import qk_norm_rope as module
 from kinora.kernels.cases import Case
+from kinora.kernels.kv_cache import static_scales
 from kinora.kernels.qk_norm_rope import apply_rope, head_norm, head_norm_reference, qk_norm_rope, rotate_rows
 from torch import Tensor
 
@@ -117,3 +118,43 @@ def test_errors_say_what_to_do() -> None:
         rotate_rows(x.unflatten(-1, (2, -1)), torch.ones(4, 16, 2))
     with pytest.raises(ValueError, match="2 samples for a batch of 1"):
         ops.rotate_rows(x.unflatten(-1, (2, -1)), torch.ones(2, 4, 8, 2))
+
+
+# Queries in e4m3
+
+
+def fp8_steps(found: Tensor, wanted: Tensor) -> Tensor:
+    """How many e4m3 numbers lie between two, both signs in one order."""
+    ordered = [torch.where(b < 128, b, 128 - b) for b in (t.view(torch.uint8).int() for t in (found, wanted))]
+    return (ordered[0] - ordered[1]).abs()
+
+
+@pytest.mark.parametrize("case", [c for c in head_norm_fp8.cases() if c.small], ids=lambda c: c.name)
+def test_queries_in_e4m3_are_those_of_head_norm(case: Case, kernel_device: torch.device) -> None:
+    inputs = case.inputs(kernel_device, torch.Generator().manual_seed(1))
+    found = ops.head_norm_fp8(**inputs)
+    wide = head_norm(inputs["x"], inputs["weight"], inputs["num_heads"]).float() * inputs["scale"][:, None]
+    assert found.shape == wide.shape and found.dtype == torch.float8_e4m3fn and found.is_contiguous()
+    assert wide.abs().max() <= 448.5, "a static scale leaves the range of e4m3"
+    # sums in another order, a value between two numbers goes to the other one
+    steps = fp8_steps(found, wide.clamp(-448, 448).to(found.dtype))
+    assert steps.max() <= 1 and (steps > 0).float().mean() < 0.02
+
+
+def test_e4m3_queries_saturate_and_keep_bad_values_in_their_token(kernel_device: torch.device) -> None:
+    x, weight = torch.randn(1, 4, 32, device=kernel_device), torch.ones(32, device=kernel_device)
+    x[0, 2, 7] = float("nan")
+    found = ops.head_norm_fp8(x, weight, torch.full((2,), 1e6, device=kernel_device), 2).float()
+    assert found[0, 2].isnan().all()
+    assert (found[0, [0, 1, 3]].abs() == 448).all()
+
+
+def test_the_e4m3_op_passes_opcheck_and_says_what_does_not_fit(kernel_device: torch.device) -> None:
+    x, weight = torch.randn(2, 3, 32, device=kernel_device), torch.randn(32, device=kernel_device)
+    scale = static_scales(weight, 2)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.kinora.head_norm_fp8.default, (x, weight, scale, 2, 1e-6), test_utils=checks)
+    with pytest.raises(ValueError, match="heads of 8 channels"):
+        ops.head_norm_fp8(x, weight, scale, 4)
+    with pytest.raises(ValueError, match=r"must be float32 \[2\]"):
+        ops.head_norm_fp8(x, weight, scale[:1], 2)

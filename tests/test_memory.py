@@ -6,6 +6,7 @@ import pytest
 import torch
 from kinora.bench.memory import account, main, published, working_bytes
 from kinora.graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
+from kinora.graphs.models.liveavatar_memory import RingFormat
 from kinora.graphs.quantize import quantize_linears
 from kinora.graphs.rewrite.program import Argument, trace
 from kinora.graphs.rewrite.wan_vae import StreamingDecoder
@@ -25,8 +26,10 @@ def live_bytes() -> int:
 
 
 @pytest.mark.parametrize("kind", [CapturedBlock, BatchedSteps])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_the_account_is_all_that_is_alive(kind: type[CapturedBlock] | type[BatchedSteps], quantised: bool) -> None:
+@pytest.mark.parametrize(("quantised", "values"), [(False, None), (True, "fp8"), (True, "joined")])
+def test_the_account_is_all_that_is_alive(
+    kind: type[CapturedBlock] | type[BatchedSteps], quantised: bool, values: str | None
+) -> None:
     """Nothing is held twice: no second copy of joined or quantised weights, of the prompt or of the condition."""
     torch.manual_seed(0)
     before = live_bytes()
@@ -35,7 +38,8 @@ def test_the_account_is_all_that_is_alive(kind: type[CapturedBlock] | type[Batch
         quantize_linears(dit, granularity="row")
     vae = make_vae(TINY)
     with torch.no_grad():
-        stream = kind(dit, torch.randn(5, 16), MODE, GRID)
+        ring = RingFormat(torch.bfloat16, values)  # type: ignore[arg-type]
+        stream = kind(dit, torch.randn(5, 16), MODE, GRID, ring=ring)
         stream.compile()
         stream.condition(torch.randn(1, 16, 1, *GRID), torch.randn(1, 16, 5, *GRID))
         stream.begin(torch.randn(5, 16))
@@ -68,6 +72,16 @@ def test_the_published_model_by_its_sizes() -> None:
         elements = sum(p.numel() for p in LiveAvatar(config).parameters())
     assert elements < parts["transformer weights"] < 1.1 * elements  # bytes: most are e4m3
     assert sum(parts.values()) < 50e9
+
+
+def test_caches_in_one_buffer_by_their_sizes() -> None:
+    """Each step holds the condition (2,640 rows) in its ring; a prompt's 512 rows take one byte for two."""
+    parts = {part.name: part.bytes for part in published("fp8", ring=RingFormat(torch.bfloat16, "joined"))}
+    config = LIVEAVATAR_14B
+    assert parts["rings"] == 4 * config.num_layers * 2 * (4 * 3168 + 2640) * config.dim
+    narrow = config.num_layers * 2 * config.text_len * config.dim
+    assert narrow <= parts["text keys and values"] < 1.01 * narrow  # scales
+    assert parts["condition keys and values"] == 0
 
 
 def test_working_memory_is_what_is_alive_at_once() -> None:

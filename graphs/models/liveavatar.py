@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .layers import Linear, PatchConv, mlp, set_compute_dtype, sinusoid, unpatchify
 from .liveavatar_audio import AUDIO_FRAMES_PER_LATENT, AudioInjector, AudioState, CausalAudioEncoder
 from .liveavatar_block import Block, ClipRope, Head, block_mask
-from .liveavatar_cache import ConditionCache, KeyValue, LayerMemory, Memory, RollingCache, condition_table
+from .liveavatar_cache import ConditionCache, Context, KeyValue, LayerMemory, Memory, RollingCache, condition_table
 from .liveavatar_config import LIVEAVATAR_14B, LiveAvatarConfig
 from .liveavatar_motion import FramePacker
 from .liveavatar_rope import frame_table, ref_shift, segment_table
@@ -33,6 +33,7 @@ __all__ = [
     "LiveAvatar",
     "LiveAvatarConfig",
     "RollingCache",
+    "Text",
     "TextState",
     "TimeState",
     "ref_shift",
@@ -53,6 +54,13 @@ class TimeState:
 
     e: Tensor
     e0: Tensor
+
+
+class Text(Protocol):
+    """A prompt as the blocks attend it: the context of every block's cross attention."""
+
+    @property
+    def layers(self) -> Sequence[Context]: ...
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ class LiveAvatar(nn.Module):
         self,
         ref_latents: Tensor,
         motion_latents: Tensor,
-        text: TextState,
+        text: Text,
         *,
         drop_motion_frames: bool = False,
         add_last_motion: int = 2,
@@ -254,7 +262,7 @@ class LiveAvatar(nn.Module):
         self,
         ref_latents: Tensor,
         motion_latents: Tensor,
-        text: TextState,
+        text: Text,
         store: StoreLayer,
         *,
         drop_motion_frames: bool = False,
@@ -275,7 +283,7 @@ class LiveAvatar(nn.Module):
         self.prefill_tokens(x, still, text, rope, store)
         return motion_rope
 
-    def prefill_tokens(self, x: Tensor, still: TimeState, text: TextState, rope: Tensor, store: StoreLayer) -> None:
+    def prefill_tokens(self, x: Tensor, still: TimeState, text: Text, rope: Tensor, store: StoreLayer) -> None:
         """`prefill_layers` with everything given that does not depend on the condition: the time 0, the rotary table
         [C, d/2, 2] of the condition tokens x [B, C, D]."""
         for i, (block, context) in enumerate(zip(self.layers, text.layers, strict=True)):
@@ -291,7 +299,7 @@ class LiveAvatar(nn.Module):
         self,
         x: Tensor,
         time: TimeState,
-        text: TextState,
+        text: Text,
         audio: AudioState,
         condition: ConditionCache,
         cache: RollingCache,
@@ -328,7 +336,7 @@ class LiveAvatar(nn.Module):
         self,
         x: Tensor,
         time: TimeState,
-        text: TextState,
+        text: Text,
         audio: AudioState,
         memories: Sequence[Memory],
         rope: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from .layers import LayerNorm, Linear, RmsNorm, mlp
-from .liveavatar_cache import KeyValue, Memory, Projected
+from .liveavatar_cache import Context, KeyValue, Memory, Projected
 
 
 class Attention(nn.Module):
@@ -36,11 +36,9 @@ class CrossAttention(Attention):
         """Keys and values [B, L, H, d] of context tokens [B, L, D]."""
         return KeyValue(self.heads(self.norm_k(self.k(tokens))), self.heads(self.v(tokens)))
 
-    def forward(self, x: Tensor, context: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D]; a context of batch 1 is shared by all samples."""
-        k, v = (part.expand(x.shape[0], -1, -1, -1) for part in context)
-        q = ops.head_norm(self.q(x), self.norm_q.weight, self.num_heads, eps=self.eps)
-        return self.o(ops.rope_attention(q, [k], [v]).flatten(2))
+        return self.o(context.attend(self.q(x), self.norm_q.weight, self.eps))
 
 
 class ClipRope(NamedTuple):
@@ -124,7 +122,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         e0: Tensor,
-        text: KeyValue,
+        text: Context,
         attend: Callable[[Tensor], Tensor],
         rows: Tensor | None = None,
     ) -> Tensor:

@@ -14,11 +14,28 @@ from .liveavatar_config import LiveAvatarConfig
 from .liveavatar_rope import REFERENCE_FRAME, frame_table
 
 
+class Context(Protocol):
+    """One layer's keys and values of a cross attention, prepared once and attended by many.
+
+    `KeyValue` is the plain one; `liveavatar_text` has that in e4m3.
+    """
+
+    def attend(self, q: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Queries [B, Lq, D] as they leave their projection, the weight [D] of their norm -> [B, Lq, D]."""
+        ...
+
+
 class KeyValue(NamedTuple):
     """Keys and values [B, L, H, d] of one layer."""
 
     k: Tensor
     v: Tensor
+
+    def attend(self, q: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `Context.attend`; keys of batch 1 are shared by all samples."""
+        k, v = (part.expand(q.shape[0], -1, -1, -1) for part in self)
+        queries = ops.head_norm(q, weight, k.shape[2], eps=eps)
+        return ops.rope_attention(queries, [k], [v]).flatten(2)
 
 
 @dataclass(frozen=True)

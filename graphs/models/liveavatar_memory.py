@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.attention_fp8 import Fp8Segment, Values, attention_fp8
-from ...kernels.attention_joined import attention_joined, joined_scales
+from ...kernels.attention_joined import ROWS_AT, attention_joined, joined_scales
 from ...kernels.kv_cache import (
     E4M3,
     JoinedCache,
@@ -147,8 +147,8 @@ HEADROOM = 8.0
 class JoinedFp8Memory:
     """The same in one buffer with one scale a tensor, which cuDNN reads; the values' scale follows from the condition.
 
-    `scale_*` float32 [H], each of equal numbers; `scales` as `joined_scales` makes them, zeros until there is a
-    condition.
+    `scale_*` float32 [H], each of equal numbers; `scales` as `joined_scales` makes them for the rows of a block, zeros
+    until there is a condition.
     """
 
     cache: JoinedCache
@@ -194,7 +194,8 @@ class JoinedFp8Memory:
         self.scale_v.copy_(torch.where(self.scales[2] == 0, fresh, self.scale_v))
         # a weighted mean of values is no larger than they are, and mostly much smaller
         one = self.scale_v[:1]
-        self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4)))
+        rows = self.scales.numel() - ROWS_AT
+        self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4), rows))
         rotate_rows_into(v, None, kept_v, self.scale_v)
 
     def clear(self) -> None:
@@ -227,7 +228,8 @@ def _joined(projected: Projected) -> Tensor:
 @dataclass(frozen=True)
 class RingFormat:
     """How a stream remembers: `values` None keeps keys and values in `dtype`, else keys are e4m3 and values are e4m3 in
-    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined")."""
+    slots ("fp8"), bfloat16 ("mixed"), or e4m3 with the condition in one buffer, for cuDNN ("joined"; then those of the
+    prompt are e4m3 too, see `liveavatar_text`)."""
 
     dtype: torch.dtype = torch.bfloat16
     values: Values | Literal["joined"] | None = None
@@ -282,7 +284,8 @@ class StreamMemory:
                 for step, place in enumerate(places):
                     cache = JoinedCache.allocate(*sizes, dtype=E4M3, device=device)
                     if not rest or own_conditions:
-                        rest = [torch.zeros(n, device=device) for n in (num_heads, 7)]  # scale_v, scales
+                        # scale_v, scales
+                        rest = [torch.zeros(n, device=device) for n in (num_heads, ROWS_AT + block_tokens)]
                     reference = kept() if shared is None else shared
                     layers[step].append(JoinedFp8Memory(cache, reference, *place, one_q, one_k, *rest))
                 continue

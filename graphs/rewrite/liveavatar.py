@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.attention_fp8 import Fp8Segment
 from ...kernels.kv_cache import JoinedCache
-from ..models.liveavatar import AudioState, LiveAvatar, TextState, TimeState
+from ..models.liveavatar import AudioState, LiveAvatar, Text, TextState, TimeState
 from ..models.liveavatar_cache import KeyValue, Memory
 from ..models.liveavatar_memory import (
     BatchedMemory,
@@ -19,11 +19,14 @@ from ..models.liveavatar_memory import (
     Position,
     store_condition,
 )
+from ..models.liveavatar_text import Fp8Context, Fp8TextState
 from .program import Argument, Program, trace
 
 for _node in (
     TimeState,
     TextState,
+    Fp8Context,
+    Fp8TextState,
     AudioState,
     Position,
     JoinedCache,
@@ -40,7 +43,7 @@ def trace_step(
     dit: LiveAvatar,
     x: Tensor,
     time: TimeState,
-    text: TextState,
+    text: Text,
     audio: AudioState,
     memories: Sequence[Memory],
     rope: Tensor,
@@ -72,7 +75,7 @@ def trace_prefill(
     dit: LiveAvatar,
     x: Tensor,
     still: TimeState,
-    text: TextState,
+    text: Text,
     rope: Tensor,
     memories: Sequence[Sequence[LayerMemory]],
 ) -> Program:
@@ -83,7 +86,7 @@ def trace_prefill(
     """
 
     def prefill(
-        x: Tensor, still: TimeState, text: TextState, rope: Tensor, memories: Sequence[Sequence[LayerMemory]]
+        x: Tensor, still: TimeState, text: Text, rope: Tensor, memories: Sequence[Sequence[LayerMemory]]
     ) -> tuple[()]:
         def store(layer: int, kept: KeyValue, rope: Tensor) -> None:
             store_condition(memories[layer], kept, rope)

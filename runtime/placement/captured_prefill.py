@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.capture import Pool, Replay
-from ...graphs.models.liveavatar import LiveAvatar, TextState
+from ...graphs.models.liveavatar import LiveAvatar, Text
 from ...graphs.models.liveavatar_cache import condition_table
 from ...graphs.models.liveavatar_memory import StreamMemory
 from ...graphs.rewrite.liveavatar import trace_prefill
@@ -27,7 +27,7 @@ class CapturedPrefill:
     def __init__(
         self,
         dit: LiveAvatar,
-        text: TextState,
+        text: Text,
         memory: StreamMemory,
         grid: tuple[int, int],
         recipe: Recipe,

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ...graphs.capture import Pool, Replay
 from ...graphs.joined_weights import join_projections
-from ...graphs.models.liveavatar import LiveAvatar
+from ...graphs.models.liveavatar import LiveAvatar, Text
 from ...graphs.models.liveavatar_cache import Memory
 from ...graphs.models.liveavatar_memory import Position, RingFormat, StreamMemory
 from ...graphs.models.liveavatar_rope import REFERENCE_FRAME, frame_table
+from ...graphs.models.liveavatar_text import embed_text_fp8
 from ...graphs.quantize import Fp8Linear
 from ...graphs.rewrite.liveavatar import trace_step
 from ...graphs.rewrite.program import Prepared, Program
@@ -130,7 +131,7 @@ class StaticStream(ABC):
         self.shape = shape or BlockShape()
         self.ring = ring or _ring_of(dit)
         join_projections(dit)
-        self.text = dit.embed_text(context.to(device=dit.device, dtype=dit.dtype))
+        self.text = self._embed(context)
         schedule = mode.schedule()
         self.sigmas = schedule.sigmas.to(dit.device)  # a copy from the host cannot be captured
         self.timesteps = schedule.timesteps[: mode.steps].float().to(dit.device)
@@ -167,8 +168,8 @@ class StaticStream(ABC):
     @torch.no_grad()
     def begin(self, context: Tensor) -> None:
         """Start another stream in these buffers, with another prompt [n, text_dim]; a condition must follow."""
-        text = self.dit.embed_text(context.to(device=self.dit.device, dtype=self.dit.dtype))
-        for own, new in zip(pytree.tree_leaves(self.text.layers), pytree.tree_leaves(text.layers), strict=True):
+        text = self._embed(context)
+        for own, new in zip(pytree.tree_leaves(self.text), pytree.tree_leaves(text), strict=True):
             own.copy_(new)
         self.memory.clear()
 
@@ -201,6 +202,14 @@ class StaticStream(ABC):
     @property
     def ring_blocks(self) -> int:
         return (self.mode.cache_latents or self.dit.config.cache_frames) // self.frames
+
+    def _embed(self, context: Tensor) -> Text:
+        """Keys and values of a prompt as the caches have theirs: in e4m3 where cuDNN attends them so."""
+        context = context.to(device=self.dit.device, dtype=self.dit.dtype)
+        if self.ring.values != "joined":
+            return self.dit.embed_text(context)
+        rows = max(self.batch * self.block_tokens, self.dit.condition_tokens(self.grid))
+        return embed_text_fp8(self.dit, context, rows)
 
     def _allocate(self) -> StreamMemory:
         return StreamMemory.allocate(

@@ -5,11 +5,14 @@ import operator
 import torch
 from torch import fx
 
+from ....kernels.attention_joined import ROWS_AT
 from ..nodes import E4M3, TO, K, calls, drop, finish, insert, like, operands, outputs, source, users
 from ..program import Program, Report, value_of
 
 QUANTIZE = K.quantize_rows.default
 CAT = torch.ops.aten.cat.default
+SLICE = torch.ops.aten.slice.Tensor
+VIEW = torch.ops.aten.view.default
 VIEW_AS = torch.ops.aten.view.dtype
 
 
@@ -59,14 +62,14 @@ def _shaped(node: fx.Node, part: fx.Node, width: int) -> fx.Node:
     shape = [*value_of(source(node)).shape[:-1], width]
     if list(value_of(part).shape) == shape:
         return part
-    return insert(node, torch.ops.aten.view.default, (part, shape), like(part, *shape))
+    return insert(node, VIEW, (part, shape), like(part, *shape))
 
 
 def _passes_rows_on(x: fx.Node) -> bool:
     """Whether `x` only counts the rows of what it reads in another way, or rounds them to bfloat16, as kernels do."""
     if x.target is TO:
         return value_of(x).dtype == torch.bfloat16 and value_of(source(x)).dtype == torch.float32
-    if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default):
+    if x.target not in (torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, VIEW):
         return False
     if _joined_attention(source(x)):
         return True  # it has one scale for all heads
@@ -80,11 +83,14 @@ def _joined_attention(x: fx.Node) -> list[fx.Node]:
 
 
 def _attention_in_e4m3(x: fx.Node, calls: list[fx.Node]) -> list[fx.Node]:
-    """`x`, made of `calls`, in e4m3, and its descales [B, L, 1]."""
+    """`x`, made of `calls`, in e4m3, and its descales [B, L, 1], which lie ready in the scales (`joined_scales`)."""
     made = []
     for call in calls:
-        descale = like(call, *value_of(call).shape[:2], 1, dtype=torch.float32)
-        made.append(outputs(call, K.attention_joined_fp8.default, operands(call), like(call, dtype=E4M3), descale))
+        batch, queries = value_of(call).shape[:2]
+        scales, end = operands(call)[4], ROWS_AT + batch * queries
+        rows = insert(call, SLICE, (scales, 0, ROWS_AT, end), like(scales, batch * queries))
+        x8 = insert(call, K.attention_joined_fp8.default, operands(call), like(call, dtype=E4M3))
+        made.append([x8, insert(call, VIEW, (rows, [batch, queries, 1]), like(rows, batch, queries, 1))])
     if len(made) == 1:
         return made[0]
     samples = len(value_of(x))
