@@ -158,8 +158,8 @@ def export(
 
     A package takes its name `<part>.pt2` when it has passed its check; until then it is `<part>.unchecked.pt2`, and one
     that fails stays as `<part>.failed.pt2`. Packages of these parts that were there before are removed first: they
-    need not fit the new stream. Errors: RuntimeError when a package does not run, or does not compute what PyTorch does, within
-    `tolerance`.
+    need not fit the new stream. Errors: RuntimeError when a package does not run, or does not compute what PyTorch
+    does, within `tolerance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in parts:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import left
 from kinora.checkpoints_tools.bundle import write as writing
 from kinora.checkpoints_tools.bundle.device import cut, fill, read_to_device, scatter
 from kinora.checkpoints_tools.bundle.format import BundleError, read_index
@@ -22,10 +23,9 @@ from kinora.runtime import Avatar, load
 from kinora.runtime.bundles import export_bundle, open_bundle, schedule_tables, verify_bundle
 from kinora.runtime.errors import InputError, OutputError
 from kinora.runtime.systems.liveavatar_step import DenoisingStep
+from published_folder import make_text_small, write_published
 from safetensors.torch import load_file
-from test_avatar import write_model
-from test_liveavatar_checkpoint import folder as published  # noqa: F401  (a fixture)
-from test_liveavatar_checkpoint import small_text  # noqa: F401  (a fixture)
+from small_model import write_model
 from torch import Tensor
 
 VOICE = (0.1 * np.random.default_rng(1).standard_normal(8000)).astype(np.float32)
@@ -40,6 +40,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(model, tmp_path_factory.mktemp("bundle") / "small-fp8", precision="fp8", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(autouse=True)
+def small_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_text_small(monkeypatch)
 
 
 def frames(avatar: Avatar, **options: object) -> np.ndarray:
@@ -85,7 +95,7 @@ def test_frames_are_those_of_the_source(precision: str, model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
-def test_the_published_layout_with_its_encoders(precision: str, published: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_published_layout_with_its_encoders(precision: str, published: Path, tmp_path: Path) -> None:
     name, options = "liveavatar-14b", {"steps": 1, "size": (64, 64), "prompt": "a person"}
     export_bundle(name, tmp_path / "b", checkpoint=published, precision=precision, device="cpu")
     shutil.copytree(tmp_path / "b", tmp_path / "moved")
@@ -99,7 +109,7 @@ def test_the_published_layout_with_its_encoders(precision: str, published: Path,
     assert not verify_bundle(tmp_path / "moved", source=name, checkpoint=published, device="cpu").problems
 
 
-def test_one_prompt_instead_of_the_text_encoder(published: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_prompt_instead_of_the_text_encoder(published: Path, tmp_path: Path) -> None:
     name, options = "liveavatar-14b", {"steps": 1, "size": (64, 64)}
     export_bundle(name, tmp_path / "b", checkpoint=published, prompt="a person", device="cpu")
     ours = load(tmp_path / "b", device="cpu")
@@ -217,10 +227,6 @@ def test_tables_are_the_modulations_of_the_steps(model: Path) -> None:
 
 
 # Whole or not at all
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -16,26 +16,15 @@ from kinora.runtime.encoders.clip import ClipSize, ClipVision, clip_pixels
 from kinora.runtime.encoders.half_precision import rounded_once
 from kinora.runtime.encoders.text import TextEncoder, TextTokenizer, clean_text
 from kinora.runtime.encoders.umt5 import Umt5Encoder, Umt5Size, clamp_overflow, relative_buckets, trim, zero_padding
-from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size, normalise_waveform
+from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, normalise_waveform
 from kinora.runtime.errors import CheckpointError, InputError
 from safetensors.torch import save_file
+from small_speech import TINY_SPEECH
 from torch import Tensor
 from torch.nn import functional as F
 
 TINY_TEXT = Umt5Size(vocab=40, dim=16, heads=2, head_dim=8, ffn=24, layers=2)
 TINY_CLIP = ClipSize(dim=16, heads=2, layers=3, ffn=32, image_size=28, patch=14)
-TINY_SPEECH = Wav2Vec2Size(
-    dim=16,
-    heads=2,
-    layers=2,
-    ffn=24,
-    stable=True,
-    conv_channels=(8,) * 7,
-    conv_bias=True,
-    conv_norm="layer",
-    position_kernel=8,
-    position_groups=2,
-)
 
 
 def published(module: torch.nn.Module, keymap: KeyMap) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from kinora.runtime.export import PreparedStream, export, prepare, tolerance, tr
 from kinora.runtime.faces import draw_portrait
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
 from kinora.runtime.systems.liveavatar_mode import Decoding
-from test_avatar import SIDE, write_model
+from small_model import SIDE, write_model
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp"
