@@ -19,7 +19,8 @@ def test_missing_and_unknown_words_are_one_line(capsys):
         assert code == 2 and len(err) == 1 and told in err[0]
 
 
-def test_face_draws_a_person(inputs, capsys):
+def test_face_draws_a_person(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     code, out, _ = run(["face", "--seed", "7", "-o", "new/a.png", "--size", "128"], capsys)
     assert code == 0 and "wrote new/a.png: face 7, 128x128" in out
     picture = read_image("new/a.png")

@@ -26,7 +26,7 @@ from .format import (
     TensorRecord,
     pack,
 )
-from .layout import SCALE_ENDING, place_tensors, safetensors_header
+from .layout import PART_KEY, SCALE_ENDING, place_tensors, safetensors_header
 
 HEADER_SOURCE = Path(__file__).parents[1] / "c" / "kinora_bundle.h"
 FORMAT = "kinora-bundle"
@@ -122,7 +122,7 @@ def _write_part(
 ) -> tuple[FileRecord, list[TensorRecord], str]:
     """Write file `number`, whose first tensor is `first` of the bundle -> its records and its SHA-256."""
     places = place_tensors(tensors)
-    header = safetensors_header(places, {"format": "pt", "kinora_part": part})
+    header = safetensors_header(places, {"format": "pt", PART_KEY: part})
     numbers = {place.key: first + i for i, place in enumerate(places)}
     records: list[TensorRecord] = []
     digest, end = hashlib.sha256(), 0
