@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoints_tools.bundle.format import BundleError
 from ..checkpoints_tools.bundle.read import Bundle, is_bundle
 from ..checkpoints_tools.bundle.verify import Verification, verify
-from ..checkpoints_tools.bundle.write import check_goal, file_sha256, write_bundle
+from ..checkpoints_tools.bundle.write import check_goal, file_hashes, write_bundle
 from ..graphs.models.liveavatar import LiveAvatar
 from ..graphs.quantize import LIVEAVATAR_IGNORE
 from .errors import CheckpointError, InputError, OutputError
@@ -78,9 +78,10 @@ def export_bundle(
             "activations": "e4m3, one float32 scale a token, taken as they come",
             "kept": list(LIVEAVATAR_IGNORE),
         }
+    files = source_files(model, checkpoint)
     manifest["sources"] = [
-        {"path": name, "size": path.stat().st_size, "sha256": file_sha256(path)}
-        for name, path in source_files(model, checkpoint).items()
+        {"path": name, "size": path.stat().st_size, "sha256": sha256}
+        for (name, path), sha256 in zip(files.items(), file_hashes(files.values()), strict=True)
     ]
     manifest["licences"] = list(LICENCES.get(os.fspath(model), ()))  # a folder of one's own is not ours
     try:

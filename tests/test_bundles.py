@@ -1,10 +1,13 @@
 """Bundles of whole models: written whole or not at all, loaded bit for bit, verified, refused when they are damaged."""
 
+import hashlib
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from kinora.checkpoints_tools.bundle.device import cut, fill, read_to_device, sc
 from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.layout import PAD, execution_order
 from kinora.checkpoints_tools.bundle.read import Bundle
-from kinora.checkpoints_tools.bundle.write import write_bundle
+from kinora.checkpoints_tools.bundle.verify import verify
+from kinora.checkpoints_tools.bundle.write import AHEAD, tensor_bytes, write_at, write_bundle
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.quantize import Fp8Linear, quantize_linears
 from kinora.runtime import Avatar, load
@@ -278,6 +282,67 @@ def test_what_exists_is_replaced_only_when_asked(model: Path, tmp_path: Path) ->
     assert left(tmp_path / "mine") == ["diary.txt"]
 
 
+def test_a_write_that_fails_in_another_thread_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        if offset >= 65536:
+            raise OSError(28, "No space left on device")
+        write_at(descriptor, data, offset)
+
+    monkeypatch.setattr(writing, "write_at", full)
+    tensors = {f"w{i}": torch.randn(64, 64) for i in range(40)}
+    with pytest.raises(BundleError, match=r"could not be written \(No space left on device\)"):
+        write_bundle(tmp_path / "b", {"dit": tensors}, {})
+    assert left(tmp_path) == []
+
+
+def test_tensors_are_copied_ahead_but_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is not written before the fourth is on its way; no more than a few are in memory at once."""
+    copied, released, most, lock = 0, 0, 0, threading.Lock()
+    fourth = threading.Event()
+
+    def copy(tensor: Tensor) -> memoryview:
+        nonlocal copied, most
+        with lock:
+            copied += 1
+            most = max(most, copied - released)
+            if copied == 4:
+                fourth.set()
+        return tensor_bytes(tensor)
+
+    def write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        nonlocal released
+        if isinstance(data, memoryview):  # no header
+            assert fourth.wait(60), "nothing is copied while a tensor is written"
+            with lock:
+                released += 1
+        write_at(descriptor, data, offset)
+
+    monkeypatch.setattr(writing, "tensor_bytes", copy)
+    monkeypatch.setattr(writing, "write_at", write)
+    tensors = {f"w{i}": torch.randn(3, 50) for i in range(50)} | {"none": torch.zeros(0, 3)}
+    made = Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"}))
+    assert copied == 51 and 4 <= most <= 2 * AHEAD + 1
+    assert all(equal(value, tensors[key]) for key, value in made.mapped("dit").items())
+    assert not verify(made).problems
+
+
+def test_the_bytes_of_a_file_are_those_of_the_format(tmp_path: Path) -> None:
+    """Put together once more from docs/bundles.md: header, zeros up to the next 64 or 4096 bytes, tensors."""
+    tensors = {"a": torch.randn(5), "page": torch.randn(130, 128), "b": torch.ones(3).bool(), "none": torch.zeros(0)}
+    folder = write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"})
+    raw = (folder / "dit.safetensors").read_bytes()
+    data = bytearray()
+    for value in tensors.values():
+        data += bytes(-len(data) % (4096 if value.nbytes >= 65536 else 64)) + value.numpy().tobytes()
+    head = 8 + int.from_bytes(raw[:8], "little")
+    assert raw[head:] == data
+    said = json.loads((folder / "manifest.json").read_text())["files"]["dit.safetensors"]
+    assert said == {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    index = read_index(folder)
+    assert index.files[0].checksum == zlib.crc32(raw[:head])
+    assert all(t.checksum == zlib.crc32(raw[t.offset : t.end]) for t in index.tensors)
+
+
 @pytest.mark.parametrize(
     "tensors, told",
     [
@@ -301,6 +366,7 @@ def test_the_benchmark_loads_what_it_wrote(tmp_path: Path) -> None:
     out = tmp_path / "bundles.json"
     assert bench(["--model", "tiny", "--device", "cpu", "--folder", str(tmp_path / "b"), "--out", str(out)]) == 0
     report = json.loads(out.read_text())
+    assert report["write"]["alone_gb_per_second"].keys() == {"copy", "sha256", "crc32", "disk"}
     loaded = report["load"]
     assert loaded["equal_to_the_files"] and loaded["finite"] and len(loaded["seconds"]) == 3
     assert loaded["parts_seconds"].keys() == {"dit", "vae", "speech", "text"}
