@@ -122,3 +122,31 @@ def test_layers_are_quantised_while_they_are_read(folder: Path) -> None:
     state = whole.state_dict()
     assert state.keys() == system.dit.state_dict().keys()
     assert all(torch.equal(v.view(torch.uint8), state[k].view(torch.uint8)) for k, v in system.dit.state_dict().items())
+
+
+def test_a_file_that_is_no_vae_is_named(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / published.BASE
+    base.mkdir()
+    for file in [*(folder / published.BASE).iterdir(), folder / "Live-Avatar" / published.LORA]:
+        (base / file.name).symlink_to(file)
+    state = torch.load(base / published.VAE_WEIGHTS, weights_only=True)
+    lost = state.pop("decoder.head.2.bias")
+    state["decoder.head.2.wires"] = lost
+    (base / published.VAE_WEIGHTS).unlink()
+    torch.save(state, base / published.VAE_WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"Wan2\.1_VAE\.pth: .*missing: decoder\.head\.2\.bias.*unexpected.*wires"
+    ):
+        load("liveavatar-14b", checkpoint=base, device="cpu")
+    torch.save({"x": lost}, base / published.VAE_WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth holds no Wan 2\.1 VAE"):
+        load("liveavatar-14b", checkpoint=base, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_has_the_bits_of_its_file(folder: Path, dtype: torch.dtype) -> None:
+    system = published.load_published(folder, dtype, torch.device("cpu"))
+    state = torch.load(folder / published.BASE / published.VAE_WEIGHTS, weights_only=True)
+    held = system.vae.state_dict()
+    assert held.keys() == state.keys() and all(torch.equal(held[key], v.to(dtype)) for key, v in state.items())
+    assert not system.vae.training and not any(p.requires_grad for p in system.vae.parameters())
