@@ -170,6 +170,18 @@ def test_a_gpu_gets_the_bytes_of_the_file(bundle: Path) -> None:
         assert all(equal(made[key].cpu(), value) for key, value in opened.mapped(part).items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_of_a_gpu_are_written_as_those_of_the_cpu(tmp_path: Path) -> None:
+    """Also while a stream of the caller's is still making them."""
+    tensors = {f"w{i}": torch.randn(1 + i, 4000) for i in range(200)}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        on_gpu = {key: 2 * value.cuda(non_blocking=True) for key, value in tensors.items()}
+        made = write_bundle(tmp_path / "gpu", {"dit": on_gpu}, {"model": "x"})
+    wanted = write_bundle(tmp_path / "cpu", {"dit": {key: 2 * value for key, value in tensors.items()}}, {"model": "x"})
+    for name in ("dit.safetensors", "bundle.idx", "manifest.json"):
+        assert (made / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
 # The files
 
 

@@ -134,8 +134,8 @@ def _write_part(
     header = safetensors_header(places, {"format": "pt", PART_KEY: part})
     size = len(header) + (places[-1].end if places else 0)
     digest, end = hashlib.sha256(header), 0
-    if any(place.tensor.is_cuda for place in places):
-        torch.cuda.synchronize()  # the copies run on streams of their own threads
+    for device in {place.tensor.device for place in places if place.tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the copies run on the streams of other threads
     with open(folder / f"{part}{WEIGHTS_ENDING}", "wb", buffering=0) as file, ThreadPoolExecutor(WORKERS) as pool:
         target = file.fileno()
         file.truncate(size)  # what is written nowhere is zero
