@@ -6,13 +6,15 @@ Only headers are read. Nothing is guessed: what is like nothing that is known is
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from .bundle.layout import PAD, PART_KEY, SCALE_ENDING
 from .published.catalogue import ALSO, SYSTEMS
 from .published.identify import Adapters, Match, identify
+from .safetensors_header import read_metadata
 from .sources import INDEX_ENDING, TORCH_ENDINGS, UnreadableFile, Weights, open_files, open_weights
 
 ENDINGS = (".safetensors", *TORCH_ENDINGS)
@@ -106,10 +108,26 @@ def _groups(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 def _report(name: str, files: list[Path]) -> FileReport:
     try:
         _check_count(files)
+        if len(files) == 1 and files[0].suffix == ".safetensors" and (part := read_metadata(files[0]).get(PART_KEY)):
+            return _bundle_part(name, files[0], part)
         with open_files(files) if len(files) > 1 else open_weights(files[0]) as weights:
             return describe(name, weights, identify({key: entry.shape for key, entry in weights.items()}))
     except UnreadableFile as error:
         return FileReport(name, trouble=str(error))
+
+
+def _bundle_part(name: str, file: Path, part: str) -> FileReport:
+    """A weight file of a bundle: what fills the space between tensors is none, and scales belong to their weights.
+
+    It is complete as a file of its own; of its system it says nothing, whose other parts are in other layouts.
+    """
+    with open_weights(file) as weights:
+        held = Weights({key: entry for key, entry in weights.items() if not key.startswith(PAD)})
+    shapes = {
+        key: entry.shape for key, entry in held.items() if key.removesuffix(SCALE_ENDING) not in held.keys() - {key}
+    }
+    found = describe(name, held, identify(shapes))
+    return replace(found, what=f"part {part} of a bundle" + (f": {found.what}" if found.what else ""), part="")
 
 
 def _check_count(files: list[Path]) -> None:

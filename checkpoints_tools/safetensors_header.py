@@ -28,6 +28,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+METADATA = "__metadata__"
 LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -53,12 +54,33 @@ class Entry:
         return self.count * self.dtype.itemsize
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself under `__metadata__`; empty where it says nothing. Raises UnreadableFile."""
+    table, _, _ = _read_table(path)
+    said = table.get(METADATA)
+    return {key: value for key, value in said.items() if isinstance(value, str)} if isinstance(said, dict) else {}
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """Name -> entry, in the order of the header. Reads no tensor.
 
     Raises UnreadableFile with what was expected: a header longer than the file, offsets outside it, bytes that are
     missing at its end or belong to no tensor.
     """
+    table, data, size = _read_table(path)
+    try:
+        items = [(name, value) for name, value in table.items() if name != METADATA]
+        entries = {name: _entry(path, name, value, data) for name, value in items}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, UnreadableFile):
+            raise
+        raise _no_table(path, error) from error
+    _check_places(path, entries, data, size)
+    return entries
+
+
+def _read_table(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(JSON of the header, byte at which the data begin, bytes of the file)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -70,14 +92,15 @@ def read_header(path: Path) -> dict[str, Entry]:
         text = file.read(length)
     try:
         table = json.loads(text)
-        items = [(name, value) for name, value in table.items() if name != "__metadata__"]
-        entries = {name: _entry(path, name, value, 8 + length) for name, value in items}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, UnreadableFile):
-            raise
-        raise _damaged(path, f"its header is no table of tensors ({type(error).__name__}: {error})") from error
-    _check_places(path, entries, 8 + length, size)
-    return entries
+    except (ValueError, RecursionError) as error:
+        raise _no_table(path, error) from error
+    if not isinstance(table, dict):
+        raise _no_table(path, TypeError(f"it is a {type(table).__name__}"))
+    return table, 8 + length, size
+
+
+def _no_table(path: Path, error: Exception) -> UnreadableFile:
+    return _damaged(path, f"its header is no table of tensors ({type(error).__name__}: {error})")
 
 
 def _damaged(path: Path, what: str) -> UnreadableFile:

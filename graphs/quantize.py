@@ -41,7 +41,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, granularity: Granularity = "tensor"):
         super().__init__()
-        weight, descale = ops.quantize_fp8(linear.weight.detach(), granularity)
+        weight, descale = _quantised(linear.weight.detach(), granularity)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_descale", descale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
@@ -51,6 +51,15 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype) if self.granularity == "row" else x
         return ops.fp8_linear(x, self.weight, self.weight_descale, self.bias, self.granularity)
+
+
+def _quantised(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of a weight [N, K]; on the meta device shapes alone, which a loader fills."""
+    descales = {"row": (weight.shape[0], 1), "tensor": (1,)}
+    if weight.is_meta and granularity in descales:  # PyTorch would go through every op in Python: half a second for 14B
+        descale = weight.new_empty(descales[granularity], dtype=torch.float32)
+        return torch.empty_like(weight, dtype=torch.float8_e4m3fn), descale
+    return ops.quantize_fp8(weight, granularity)
 
 
 @torch.no_grad()

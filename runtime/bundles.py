@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoints_tools.bundle.format import BundleError
 from ..checkpoints_tools.bundle.read import Bundle, is_bundle
 from ..checkpoints_tools.bundle.verify import Verification, verify
-from ..checkpoints_tools.bundle.write import check_goal, file_sha256, write_bundle
+from ..checkpoints_tools.bundle.write import check_goal, file_hashes, write_bundle
 from ..graphs.models.liveavatar import LiveAvatar
 from ..graphs.quantize import LIVEAVATAR_IGNORE
 from .errors import CheckpointError, InputError, OutputError
@@ -24,6 +24,7 @@ from .systems.liveavatar_mode import GenerationMode
 
 PRECISIONS = ("float32", "bfloat16", "fp8")
 PUBLISHED = "liveavatar-14b"
+TABLES = "tables"  # the part that `schedule_tables` fills
 LICENCES = {
     "tiny": ({"what": "weights", "licence": "Apache-2.0", "from": "Kinora"},),
     PUBLISHED: (
@@ -69,7 +70,7 @@ def export_bundle(
             system = replace(system, encode_prompt=FixedPrompt(system.encode_prompt(prompt), prompt))
     parts = parts_of(system)
     if tables:
-        parts.tensors["tables"] = schedule_tables(system.dit, system.mode)
+        parts.tensors[TABLES] = schedule_tables(system.dit, system.mode)
     manifest = {"model": Path(model).name, "kinora": version("kinora"), **parts.manifest}
     if precision == "fp8":
         manifest["recipe"] = {
@@ -77,9 +78,10 @@ def export_bundle(
             "activations": "e4m3, one float32 scale a token, taken as they come",
             "kept": list(LIVEAVATAR_IGNORE),
         }
+    files = source_files(model, checkpoint)
     manifest["sources"] = [
-        {"path": name, "size": path.stat().st_size, "sha256": file_sha256(path)}
-        for name, path in source_files(model, checkpoint).items()
+        {"path": name, "size": path.stat().st_size, "sha256": sha256}
+        for (name, path), sha256 in zip(files.items(), file_hashes(files.values()), strict=True)
     ]
     manifest["licences"] = list(LICENCES.get(os.fspath(model), ()))  # a folder of one's own is not ours
     try:
@@ -148,7 +150,8 @@ def verify_bundle(
     checkpoint: str | os.PathLike[str] | None = None,
     device: str = "auto",
 ) -> Verification:
-    """Check every byte of a bundle; with `source`, the model that it was made of, also what quantisation cost.
+    """Check every byte of a bundle; with `source`, the model that it was made of, also that its weights are that
+    model's, what quantisation cost, and that the rows of a fixed prompt and the folded tables are what it computes.
 
     Errors: CheckpointError when it cannot be read at all; what is wrong inside is in the result.
     """
@@ -159,11 +162,15 @@ def verify_bundle(
     if precision not in PRECISIONS or not isinstance(sections, dict):
         raise CheckpointError(f"{folder}: its manifest does not say how it was made")
     system = source_system(source, checkpoint=checkpoint, precision=str(precision), device=device)
-    tensors = parts_of(system).tensors
+    tensors, results = parts_of(system).tensors, {}
     text = sections.get("text")
-    if isinstance(text, dict) and isinstance(text.get("prompt"), str):
+    if isinstance(text, dict) and isinstance(prompt := text.get("prompt"), str):
         del tensors["text"]  # the bundle holds what the encoder made, which is no weight
-    return verify(bundle, tensors)
+        with torch.inference_mode():
+            results["text"] = {"rows": system.encode_prompt(prompt)}
+    if TABLES in bundle.parts:
+        results[TABLES] = schedule_tables(system.dit, system.mode)
+    return verify(bundle, tensors, results)
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:

@@ -156,19 +156,38 @@ def export(
 ) -> dict[str, float]:
     """Write the packages and the stream into `folder` and run them; the relative L2 error of each part.
 
-    Errors: RuntimeError when a package does not compute what PyTorch does, within `tolerance`.
+    A package takes its name `<part>.pt2` when it has passed its check; until then it is `<part>.unchecked.pt2`, and one
+    that fails stays as `<part>.failed.pt2`. Packages of these parts that were there before are removed first: they
+    need not fit the new stream. Errors: RuntimeError when a package does not run, or does not compute what PyTorch
+    does, within `tolerance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in parts:
+        for state in ("", ".unchecked", ".failed"):
+            (folder / f"{name}{state}.pt2").unlink(missing_ok=True)
     stream.save(folder / STREAM_FILE)
-    errors, limit = {}, tolerance(system)
+    errors = {}
     for name in parts:
         tell(f"compiling {name}")
-        path = package(traced(system, stream, name), folder / f"{name}.pt2")
+        unchecked = package(traced(system, stream, name), folder / f"{name}.unchecked.pt2")
         tell(f"checking {name}")
-        errors[name] = verify(system, stream, name, path)
-        if not errors[name] <= limit:
-            raise RuntimeError(f"{path} differs from PyTorch by {errors[name]:.1e} (limit {limit:.0e}); do not use it")
+        errors[name] = _check(system, stream, name, unchecked)
+        unchecked.rename(folder / f"{name}.pt2")
     return errors
+
+
+def _check(system: LiveAvatarSystem, stream: PreparedStream, part: str, path: Path) -> float:
+    """The error of a package; one that fails is renamed, and a RuntimeError says where it is."""
+    limit = tolerance(system)
+    try:
+        error = verify(system, stream, part, path)
+        wrong = "" if error <= limit else f"differs from PyTorch by {error:.1e} (limit {limit:.0e})"
+    except RuntimeError as raised:
+        wrong = f"does not run ({raised})"
+    if wrong:
+        failed = path.replace(path.with_name(f"{part}.failed.pt2"))
+        raise RuntimeError(f"{failed} {wrong}; do not use it")
+    return error
 
 
 def tolerance(system: LiveAvatarSystem) -> float:

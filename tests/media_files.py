@@ -3,7 +3,6 @@
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -18,6 +17,8 @@ def quarters() -> np.ndarray:
 
 def write_sound(path: Path, samples: np.ndarray, codec: str, rate: int, layout: str = "mono") -> None:
     """Encode float32 [n], the same in every channel, with PyAV; the container follows the file name."""
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         if not len(samples):

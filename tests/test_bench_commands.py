@@ -27,7 +27,7 @@ from kinora.runtime import load
 from kinora.runtime.cli import main as kinora
 from kinora.runtime.placement.engines import SinglePlacement
 from kinora.runtime.systems.liveavatar_mode import STREAM, Resink
-from test_avatar import write_model
+from small_model import write_model
 from torch import nn
 
 

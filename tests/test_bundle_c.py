@@ -1,5 +1,6 @@
 """Bundles from C: the header under every compiler, the examples under sanitizers, numbers equal to PyTorch's."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fuzz_bundles import HEADER_FOLDER, SANITIZE, STRICT
+from fuzz_bundles import FILES_AT, HEADER_FOLDER, IDX, SANITIZE, STRICT, write_sample
+from kinora.checkpoints_tools.bundle.format import sealed
 from kinora.checkpoints_tools.bundle.write import write_bundle
 from kinora.graphs.models.layers import Linear
 from kinora.graphs.quantize import Fp8Linear
@@ -135,6 +137,42 @@ def test_what_is_no_layer_is_an_error_and_no_crash(layer: str, linear: Path, tmp
     write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "layer"})
     ran = subprocess.run([str(linear), str(tmp_path / "b"), layer, "a", "b"], capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stderr.startswith("linear: ") and "Sanitizer" not in ran.stderr
+
+
+def can_link(*options: str) -> bool:
+    """Whether the compiler and its libraries are here for a target."""
+    if not C_COMPILERS:
+        return False
+    command = [C_COMPILERS[0], *options, "-x", "c", "-", "-o", os.devnull]
+    return not subprocess.run(command, input="int main(void) { return 0; }", capture_output=True, text=True).returncode
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", ["smaller limit", "32 bits"])
+@pytest.mark.parametrize("mode", [(), ("-DKINORA_BUNDLE_READ",)], ids=["mapped", "read"])
+def test_a_file_beyond_the_address_space_is_refused(build: str, mode: tuple[str, ...], tmp_path: Path) -> None:
+    """Never a part of it: 4 GiB and some bytes, whose lower 32 bits are a small file."""
+    target = ("-m32",) if build == "32 bits" else ("-DKINORA_LARGEST_FILE=1000000",)
+    if build == "32 bits" and not can_link("-m32"):
+        pytest.skip("this compiler has no 32-bit libraries")
+    program = compile_c(Path(__file__).with_name("fuzz_bundle.c"), tmp_path / "use", *mode, *target)
+    sample = write_sample(tmp_path / "b")
+
+    def use() -> str:
+        return subprocess.run([str(program), str(sample.folder)], capture_output=True, text=True, check=True).stdout
+
+    assert use().startswith("0 ")
+    size, index = (1 << 32) + 8192, bytearray(sample.index)
+    index[FILES_AT + 16 : FILES_AT + 24] = size.to_bytes(8, "little")  # of dit.safetensors
+    (sample.folder / IDX).write_bytes(sealed(bytes(index)))
+    os.truncate(sample.folder / "dit.safetensors", size)  # grown; it takes no disk
+    limit = 2**31 - 1 if build == "32 bits" else 1_000_000
+    told = f"dit.safetensors has {size} bytes; this program can address files of up to {limit}"
+    assert use() == f"5 {told}\n"
+    if not mode and build != "32 bits":  # a plain build maps it, and finds that it holds more than its tensors
+        plain = compile_c(Path(__file__).with_name("fuzz_bundle.c"), tmp_path / "plain")
+        ran = subprocess.run([str(plain), str(sample.folder)], capture_output=True, text=True, check=True)
+        assert ran.stdout == "4 dit.safetensors has bytes behind its last tensor\n"
 
 
 @needs_compiler

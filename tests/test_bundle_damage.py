@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import left
 from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.read import Bundle
 from kinora.checkpoints_tools.bundle.verify import sqnr, verify
@@ -17,8 +18,7 @@ from kinora.runtime.bundles import export_bundle, verify_bundle
 from kinora.runtime.cli import main
 from kinora.runtime.errors import CheckpointError, InputError
 from safetensors.torch import load_file, save_file
-from test_avatar import write_model
-from test_bundles import left
+from small_model import write_model
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,35 @@
 """Bundles of whole models: written whole or not at all, loaded bit for bit, verified, refused when they are damaged."""
 
+import hashlib
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from folders import left
 from kinora.checkpoints_tools.bundle import write as writing
 from kinora.checkpoints_tools.bundle.device import cut, fill, read_to_device, scatter
 from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.layout import PAD, execution_order
 from kinora.checkpoints_tools.bundle.read import Bundle
-from kinora.checkpoints_tools.bundle.write import write_bundle
+from kinora.checkpoints_tools.bundle.verify import verify
+from kinora.checkpoints_tools.bundle.write import AHEAD, tensor_bytes, write_at, write_bundle
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.quantize import Fp8Linear, quantize_linears
 from kinora.runtime import Avatar, load
 from kinora.runtime.bundles import export_bundle, open_bundle, schedule_tables, verify_bundle
 from kinora.runtime.errors import InputError, OutputError
 from kinora.runtime.systems.liveavatar_step import DenoisingStep
+from published_folder import make_text_small, write_published
 from safetensors.torch import load_file
-from test_avatar import write_model
-from test_liveavatar_checkpoint import folder as published  # noqa: F401  (a fixture)
-from test_liveavatar_checkpoint import small_text  # noqa: F401  (a fixture)
+from small_model import write_model
 from torch import Tensor
 
 VOICE = (0.1 * np.random.default_rng(1).standard_normal(8000)).astype(np.float32)
@@ -40,6 +44,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(model, tmp_path_factory.mktemp("bundle") / "small-fp8", precision="fp8", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(autouse=True)
+def small_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_text_small(monkeypatch)
 
 
 def frames(avatar: Avatar, **options: object) -> np.ndarray:
@@ -85,7 +99,7 @@ def test_frames_are_those_of_the_source(precision: str, model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
-def test_the_published_layout_with_its_encoders(precision: str, published: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_published_layout_with_its_encoders(precision: str, published: Path, tmp_path: Path) -> None:
     name, options = "liveavatar-14b", {"steps": 1, "size": (64, 64), "prompt": "a person"}
     export_bundle(name, tmp_path / "b", checkpoint=published, precision=precision, device="cpu")
     shutil.copytree(tmp_path / "b", tmp_path / "moved")
@@ -99,7 +113,7 @@ def test_the_published_layout_with_its_encoders(precision: str, published: Path,
     assert not verify_bundle(tmp_path / "moved", source=name, checkpoint=published, device="cpu").problems
 
 
-def test_one_prompt_instead_of_the_text_encoder(published: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_prompt_instead_of_the_text_encoder(published: Path, tmp_path: Path) -> None:
     name, options = "liveavatar-14b", {"steps": 1, "size": (64, 64)}
     export_bundle(name, tmp_path / "b", checkpoint=published, prompt="a person", device="cpu")
     ours = load(tmp_path / "b", device="cpu")
@@ -154,6 +168,18 @@ def test_a_gpu_gets_the_bytes_of_the_file(bundle: Path) -> None:
     for part in opened.parts:
         made = read_to_device(opened, part, torch.device("cuda"))
         assert all(equal(made[key].cpu(), value) for key, value in opened.mapped(part).items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_of_a_gpu_are_written_as_those_of_the_cpu(tmp_path: Path) -> None:
+    """Also while a stream of the caller's is still making them."""
+    tensors = {f"w{i}": torch.randn(1 + i, 4000) for i in range(200)}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        on_gpu = {key: 2 * value.cuda(non_blocking=True) for key, value in tensors.items()}
+        made = write_bundle(tmp_path / "gpu", {"dit": on_gpu}, {"model": "x"})
+    wanted = write_bundle(tmp_path / "cpu", {"dit": {key: 2 * value for key, value in tensors.items()}}, {"model": "x"})
+    for name in ("dit.safetensors", "bundle.idx", "manifest.json"):
+        assert (made / name).read_bytes() == (wanted / name).read_bytes(), name
 
 
 # The files
@@ -219,10 +245,6 @@ def test_tables_are_the_modulations_of_the_steps(model: Path) -> None:
 # Whole or not at all
 
 
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_export_that_breaks_leaves_nothing(
     error: BaseException, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +294,67 @@ def test_what_exists_is_replaced_only_when_asked(model: Path, tmp_path: Path) ->
     assert left(tmp_path / "mine") == ["diary.txt"]
 
 
+def test_a_write_that_fails_in_another_thread_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        if offset >= 65536:
+            raise OSError(28, "No space left on device")
+        write_at(descriptor, data, offset)
+
+    monkeypatch.setattr(writing, "write_at", full)
+    tensors = {f"w{i}": torch.randn(64, 64) for i in range(40)}
+    with pytest.raises(BundleError, match=r"could not be written \(No space left on device\)"):
+        write_bundle(tmp_path / "b", {"dit": tensors}, {})
+    assert left(tmp_path) == []
+
+
+def test_tensors_are_copied_ahead_but_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is not written before the fourth is on its way; no more than a few are in memory at once."""
+    copied, released, most, lock = 0, 0, 0, threading.Lock()
+    fourth = threading.Event()
+
+    def copy(tensor: Tensor) -> memoryview:
+        nonlocal copied, most
+        with lock:
+            copied += 1
+            most = max(most, copied - released)
+            if copied == 4:
+                fourth.set()
+        return tensor_bytes(tensor)
+
+    def write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        nonlocal released
+        if isinstance(data, memoryview):  # no header
+            assert fourth.wait(60), "nothing is copied while a tensor is written"
+            with lock:
+                released += 1
+        write_at(descriptor, data, offset)
+
+    monkeypatch.setattr(writing, "tensor_bytes", copy)
+    monkeypatch.setattr(writing, "write_at", write)
+    tensors = {f"w{i}": torch.randn(3, 50) for i in range(50)} | {"none": torch.zeros(0, 3)}
+    made = Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"}))
+    assert copied == 51 and 4 <= most <= 2 * AHEAD + 1
+    assert all(equal(value, tensors[key]) for key, value in made.mapped("dit").items())
+    assert not verify(made).problems
+
+
+def test_the_bytes_of_a_file_are_those_of_the_format(tmp_path: Path) -> None:
+    """Put together once more from docs/bundles.md: header, zeros up to the next 64 or 4096 bytes, tensors."""
+    tensors = {"a": torch.randn(5), "page": torch.randn(130, 128), "b": torch.ones(3).bool(), "none": torch.zeros(0)}
+    folder = write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"})
+    raw = (folder / "dit.safetensors").read_bytes()
+    data = bytearray()
+    for value in tensors.values():
+        data += bytes(-len(data) % (4096 if value.nbytes >= 65536 else 64)) + value.numpy().tobytes()
+    head = 8 + int.from_bytes(raw[:8], "little")
+    assert raw[head:] == data
+    said = json.loads((folder / "manifest.json").read_text())["files"]["dit.safetensors"]
+    assert said == {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    index = read_index(folder)
+    assert index.files[0].checksum == zlib.crc32(raw[:head])
+    assert all(t.checksum == zlib.crc32(raw[t.offset : t.end]) for t in index.tensors)
+
+
 @pytest.mark.parametrize(
     "tensors, told",
     [
@@ -295,6 +378,7 @@ def test_the_benchmark_loads_what_it_wrote(tmp_path: Path) -> None:
     out = tmp_path / "bundles.json"
     assert bench(["--model", "tiny", "--device", "cpu", "--folder", str(tmp_path / "b"), "--out", str(out)]) == 0
     report = json.loads(out.read_text())
+    assert report["write"]["alone_gb_per_second"].keys() == {"copy", "sha256", "crc32", "disk"}
     loaded = report["load"]
     assert loaded["equal_to_the_files"] and loaded["finite"] and len(loaded["seconds"]) == 3
     assert loaded["parts_seconds"].keys() == {"dit", "vae", "speech", "text"}

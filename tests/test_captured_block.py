@@ -6,35 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from kinora.graphs.joined_weights import joined_view
-from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from kinora.graphs.models.liveavatar import LiveAvatar
 from kinora.graphs.models.liveavatar_memory import RingFormat
 from kinora.graphs.quantize import quantize_linears
 from kinora.graphs.rewrite.recipe import NothingMatched, Recipe
 from kinora.runtime.placement.captured import CapturedBlock
 from kinora.runtime.placement.single import SingleDevice
 from kinora.runtime.placement.static_stream import BlockShape
-from kinora.runtime.systems.liveavatar_mode import GenerationMode
 from kinora.runtime.systems.liveavatar_step import BlockInputs
+from small_block import CONFIG, GRID, MODE, error, latents, model
 from torch import Tensor
-
-GRID = (8, 4)  # latent rows, columns
-CONFIG = LiveAvatarConfig(
-    dim=128, ffn_dim=192, num_heads=2, num_layers=3, text_dim=16, text_len=8, audio_dim=32, audio_layers=3,
-    audio_inject_layers=(0, 2),
-)  # fmt: skip
-MODE = GenerationMode(steps=2, cache_latents=6)
-
-
-def model(dtype: torch.dtype) -> LiveAvatar:
-    torch.manual_seed(0)
-    dit = LiveAvatar(CONFIG).eval().requires_grad_(False)
-    for parameter in dit.parameters():
-        parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
-    return dit.to(dtype)
-
-
-def latents(frames: int) -> Tensor:
-    return torch.randn(1, 16, frames, *GRID)
 
 
 def blocks(count: int, actors: int = 1, pose: bool = False) -> list[tuple[Tensor, BlockInputs]]:
@@ -67,10 +48,6 @@ def both(dit: LiveAvatar, inputs: Sequence[tuple[Tensor, BlockInputs]], **option
     compiled = CapturedBlock(dit, prompt, MODE, GRID, **options)  # type: ignore[arg-type]
     with torch.inference_mode():
         return run(compiled, inputs, dit), run(plain, inputs, dit)
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(("actors", "pose"), [(1, False), (1, True), (2, False)])

@@ -8,7 +8,7 @@ from kinora.graphs.models.liveavatar_memory import Fp8Memory, RingFormat, Stream
 from kinora.graphs.quantize import quantize_linears
 from kinora.graphs.rewrite.recipe import Recipe
 from kinora.runtime.placement.captured import CapturedBlock
-from test_captured_block import CONFIG, GRID, MODE, error, latents, model
+from small_block import CONFIG, GRID, MODE, error, latents, model
 from torch import Tensor
 
 FORMATS = [None, "fp8", "mixed", "joined"]

@@ -20,8 +20,8 @@ from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder
 from kinora.runtime.placement.engines import CapturedPlacement, SinglePlacement
 from kinora.runtime.systems.encoder_front_ends import Wav2Vec2Speech
 from kinora.runtime.systems.liveavatar_mode import STREAM
-from test_avatar import SPEECH, sound, write_model
-from test_encoders import TINY_SPEECH
+from small_model import SPEECH, sound, write_model
+from small_speech import TINY_SPEECH
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

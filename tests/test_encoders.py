@@ -11,31 +11,21 @@ from hypothesis import strategies as st
 from kinora.checkpoints_tools.assign import KeyMismatch, assign_state
 from kinora.checkpoints_tools.keymaps import CLIP, UMT5, KeyMap, Rule, rules, vae_diffusers_keymap, wav2vec2_keymap
 from kinora.checkpoints_tools.read import UnreadableFile, read_state
+from kinora.checkpoints_tools.sources import Weights
 from kinora.runtime.encoders import audio_windows as windows
 from kinora.runtime.encoders.clip import ClipSize, ClipVision, clip_pixels
 from kinora.runtime.encoders.half_precision import rounded_once
 from kinora.runtime.encoders.text import TextEncoder, TextTokenizer, clean_text
 from kinora.runtime.encoders.umt5 import Umt5Encoder, Umt5Size, clamp_overflow, relative_buckets, trim, zero_padding
-from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size, normalise_waveform
+from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, normalise_waveform
 from kinora.runtime.errors import CheckpointError, InputError
 from safetensors.torch import save_file
+from small_speech import TINY_SPEECH
 from torch import Tensor
 from torch.nn import functional as F
 
 TINY_TEXT = Umt5Size(vocab=40, dim=16, heads=2, head_dim=8, ffn=24, layers=2)
 TINY_CLIP = ClipSize(dim=16, heads=2, layers=3, ffn=32, image_size=28, patch=14)
-TINY_SPEECH = Wav2Vec2Size(
-    dim=16,
-    heads=2,
-    layers=2,
-    ffn=24,
-    stable=True,
-    conv_channels=(8,) * 7,
-    conv_bias=True,
-    conv_norm="layer",
-    position_kernel=8,
-    position_groups=2,
-)
 
 
 def published(module: torch.nn.Module, keymap: KeyMap) -> dict[str, Tensor]:
@@ -310,6 +300,36 @@ def test_speech_encoder_loads_a_hub_folder(tmp_path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         Wav2Vec2Encoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_encoders_come_tensor_by_tensor(tmp_path, monkeypatch, dtype: torch.dtype) -> None:
+    """The bits of a state dict assigned whole; what is cast is read into memory of its own, never mapped."""
+    torch.manual_seed(0)
+    speech, clip = Wav2Vec2Encoder(TINY_SPEECH), ClipVision(TINY_CLIP, blocks=TINY_CLIP.layers)
+    states = {"speech": published(speech.model, wav2vec2_keymap([])), "clip": published(clip, CLIP)}
+    for name, state in states.items():
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(speech.model.config.to_dict()))
+    (tmp_path / "speech.safetensors").rename(tmp_path / "model.safetensors")
+    mapped: list[str] = []
+    plain = Weights.map
+    monkeypatch.setattr(Weights, "map", lambda self, name: mapped.append(name) or plain(self, name))
+    loaded_speech = Wav2Vec2Encoder.load(tmp_path, dtype=dtype)
+    loaded_clip = ClipVision.load(tmp_path / "clip.safetensors", TINY_CLIP, dtype=dtype)
+    assert bool(mapped) == (dtype == torch.float32)
+    wanted_speech, wanted_clip = Wav2Vec2Encoder(TINY_SPEECH), ClipVision(TINY_CLIP)
+    wanted_speech.assign(states["speech"], dtype=dtype)
+    wanted_clip.assign(states["clip"], dtype=dtype)
+    for loaded, wanted in ((loaded_speech, wanted_speech), (loaded_clip, wanted_clip)):
+        ours, theirs = loaded.state_dict(), wanted.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(v.dtype == dtype and torch.equal(v, theirs[k]) for k, v in ours.items() if v.is_floating_point())
+        assert not any(p.requires_grad for p in loaded.parameters()) and not any(m.training for m in loaded.children())
+    picture = torch.rand(3, 1, 28, 28) * 2 - 1
+    assert torch.equal(loaded_clip([picture]), wanted_clip([picture]))
+    wave = torch.randn(1, 4000)
+    assert all(torch.equal(a, b) for a, b in zip(loaded_speech(wave), wanted_speech(wave), strict=True))
 
 
 def test_speech_states_are_those_of_transformers() -> None:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from kinora.runtime.export import PreparedStream, export, prepare, tolerance, tr
 from kinora.runtime.faces import draw_portrait
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
 from kinora.runtime.systems.liveavatar_mode import Decoding
-from test_avatar import SIDE, write_model
+from small_model import SIDE, write_model
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp"
@@ -294,7 +295,8 @@ def test_a_package_decodes(tmp_path: Path) -> None:
     vae = WanVae(VaeConfig(4, 4, (1, 2), 1, (True,), (0.0,) * 4, (1.0,) * 4)).requires_grad_(False)
     state = DecoderState()
     vae.decode_stream(torch.randn(1, 4, 2, 4, 6), state)
-    path = package(trace_decode(vae, torch.randn(1, 4, 3, 4, 6), state), tmp_path / "decode.pt2")
+    made = package(trace_decode(vae, torch.randn(1, 4, 3, 4, 6), state), tmp_path / "decode.unchecked.pt2")
+    path = made.rename(tmp_path / "decode.pt2")  # as one that passed its check; it is then found by its new name
     run, slots = torch._inductor.aoti_load_package(str(path)), [slot.contiguous() for slot in state.slots]
     for _ in range(2):
         latents = torch.randn(1, 4, 3, 4, 6)
@@ -302,14 +304,43 @@ def test_a_package_decodes(tmp_path: Path) -> None:
         assert relative(frames, vae.decode_stream(latents, state)) < 1e-5
 
 
-def test_a_wrong_package_is_refused(
-    system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def breaks(*_: object) -> float:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("verify", "told"),
+    [(lambda *_: float("nan"), "differs from PyTorch by nan"), (breaks, "does not run .no such kernel")],
+    ids=["another result", "no result"],
+)
+def test_a_wrong_package_never_has_a_good_name(
+    verify: Callable[..., float],
+    told: str,
+    system: LiveAvatarSystem,
+    stream: PreparedStream,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kinora.runtime.export.package", lambda part, path: path)
-    monkeypatch.setattr("kinora.runtime.export.verify", lambda *_: float("nan"))
-    with pytest.raises(RuntimeError, match=r"decode.pt2 differs from PyTorch by nan .* do not use it"):
-        export(system, stream, tmp_path / "new", ("decode",))
-    assert (tmp_path / "new" / "stream.pt").is_file()
+    """Not while it is checked, not afterwards; and an older package does not stay beside the new stream."""
+    seen = []
+
+    def write(part: Part, path: Path) -> Path:
+        path.write_text("compiled")
+        return path
+
+    def check(*given: Any) -> float:
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        return verify(*given) if given[2] == "decode" else 0.0
+
+    monkeypatch.setattr("kinora.runtime.export.package", write)
+    monkeypatch.setattr("kinora.runtime.export.verify", check)
+    (tmp_path / "decode.pt2").write_text("an older one")
+    (tmp_path / "step.failed.pt2").write_text("an older one")
+    with pytest.raises(RuntimeError, match=rf"{tmp_path}/decode.failed.pt2 {told}.*; do not use it"):
+        export(system, stream, tmp_path)
+    assert seen == [["step.unchecked.pt2", "stream.pt"], ["decode.unchecked.pt2", "step.pt2", "stream.pt"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.failed.pt2", "step.pt2", "stream.pt"]
+    assert (tmp_path / "decode.failed.pt2").read_text() == "compiled"
 
 
 @pytest.mark.slow
@@ -357,6 +388,7 @@ def test_the_command_exports_one_part(
 
     def keep(part: Part, path: Path) -> Path:
         made[path.name] = part
+        path.touch()
         return path
 
     monkeypatch.setattr("kinora.runtime.export.package", keep)
@@ -364,6 +396,7 @@ def test_the_command_exports_one_part(
     model, out = str(write_model(tmp_path / "model")), tmp_path / "out"
     assert main(["export", "aoti", model, "--device", "cpu", "--part", "step", "--blocks", "3", "-o", str(out)]) == 0
     assert f"wrote {out}: step differs from PyTorch by 2.0e-07" in capsys.readouterr().out
-    assert made.keys() == {"step.pt2"} and made["step.pt2"].inputs["x"].shape == (1, 4, 3, 8, 8)
+    assert sorted(path.name for path in out.iterdir()) == ["step.pt2", "stream.pt"]
+    assert made["step.unchecked.pt2"].inputs["x"].shape == (1, 4, 3, 8, 8)
     saved = torch.load(out / "stream.pt", weights_only=True)
     assert saved["noise"].shape[0] == 3 and saved["audio"].std() > 0

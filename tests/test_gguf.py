@@ -14,7 +14,7 @@ from kinora.graphs.models.liveavatar import LiveAvatar
 from kinora.graphs.rewrite.recipe import SENSITIVE
 from kinora.runtime import load
 from kinora.runtime.cli import main
-from test_avatar import write_model
+from small_model import write_model
 from torch import Tensor
 
 SIZES = {"block_count": 1}

@@ -2,12 +2,16 @@
 
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from kinora.checkpoints_tools.bundle.layout import PAD
+from kinora.checkpoints_tools.bundle.read import Bundle
 from kinora.checkpoints_tools.inspect import inspect_path
 from kinora.checkpoints_tools.read import UnreadableFile
+from kinora.runtime.bundles import export_bundle
 from kinora.runtime.cli import main
 from published_keys import LIVEAVATAR, LIVEAVATAR_LORA, Shapes, listed, transcribed
 from safetensors.torch import save_file
@@ -16,9 +20,10 @@ SPEECH, VAE, TEXT = "wav2vec2_large_xlsr_53_english_ctc", "wan21_vae", "umt5_xxl
 SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
-def sparse(path: Path, shapes: Shapes, dtype: str = "BF16", short: int = 0) -> Path:
+def sparse(path: Path, shapes: Shapes, dtype: str = "BF16", short: int = 0, **metadata: str) -> Path:
     """A safetensors file of the real shapes that takes no disk; `short` bytes are missing at its end."""
-    table, end = {}, 0
+    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, shape in shapes.items():
         size = SIZES[dtype] * torch.Size(shape).numel()
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
@@ -159,3 +164,36 @@ def test_a_bundle_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "a bundle" in told and "dit.safetensors" in told and "BF16" in told
     (tmp_path / "tiny" / "bundle.idx").write_bytes(b"not an index")
     assert main(["inspect", str(tmp_path / "tiny")]) == 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp8"])
+def test_one_file_of_a_bundle(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tensors are those of the index: the bytes between them are none."""
+    folder = export_bundle("tiny", tmp_path / "b", precision=precision, device="cpu")
+    opened = Bundle.open(folder)
+    for part in opened.parts:
+        (report,) = inspect_path(folder / f"{part}.safetensors").files
+        records = opened.records(part).values()
+        assert report.complete and report.what == f"part {part} of a bundle"
+        assert report.dtypes == Counter(record.dtype.torch for record in records)
+        assert report.bytes == sum(record.size for record in records)
+    assert PAD in (folder / "vae.safetensors").read_bytes()[:100_000].decode("latin1")
+    assert main(["inspect", str(folder / "vae.safetensors")]) == 0
+    assert "part vae of a bundle" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_part_of_a_bundle_is_compared_with_what_is_published(tmp_path: Path) -> None:
+    shapes = transcribed(LIVEAVATAR)
+    scales = {f"{key}_descale": (shape[0], 1) for key, shape in shapes.items() if key.endswith("ffn.0.weight")}
+    own = shapes | scales
+    pads = {f"{PAD}{i}": (96,) for i in range(9)}
+    path = sparse(tmp_path / "dit.safetensors", own | pads, "F8_E4M3", kinora_part="dit", format="pt")
+    report = inspect_path(path)
+    (file,) = report.files
+    assert file.what.startswith("part dit of a bundle: Wan2.2-S2V-14B") and file.complete
+    assert file.tensors == len(own) and len(scales) == 40 and report.systems == {}
+    del own["blocks.7.ffn.0.weight"]  # its scales then belong to nothing
+    (file,) = inspect_path(sparse(path, own | pads, "F8_E4M3", kinora_part="dit")).files
+    assert file.missing == ("blocks.7.ffn.0.weight",) and file.unexpected == ("blocks.7.ffn.0.weight_descale",)
+    (file,) = inspect_path(sparse(path, shapes | pads)).files  # of no bundle: tensors like any other
+    assert file.what.startswith("Wan2.2-S2V-14B") and len(file.unexpected) == 9

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kinora.runtime.encoders.live_audio import LiveAudioFeatures, LiveWindow
 from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, normalise_waveform
 from kinora.runtime.errors import InputError
-from test_encoders import TINY_SPEECH
+from small_speech import TINY_SPEECH
 from torch import Tensor
 
 

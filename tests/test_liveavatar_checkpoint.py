@@ -6,93 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kinora.checkpoints_tools.keymaps import UMT5
 from kinora.checkpoints_tools.liveavatar import LORA_ALPHA
 from kinora.checkpoints_tools.load import Fp8
-from kinora.checkpoints_tools.lora import is_target
-from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
-from kinora.graphs.models.wan_vae import VaeConfig, WanVae
 from kinora.graphs.quantize import Fp8Linear, quantize_linears
 from kinora.runtime import load
-from kinora.runtime.encoders.umt5 import Umt5Encoder, Umt5Size
-from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size
 from kinora.runtime.errors import CheckpointError
 from kinora.runtime.systems import liveavatar_checkpoint as published
 from kinora.runtime.systems.liveavatar_mode import STREAM
+from published_folder import DIT, RANK, make_text_small, write_published
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
-
-TEXT = Umt5Size(vocab=40, dim=16, heads=2, head_dim=8, ffn=24, layers=2)
-SPEECH = Wav2Vec2Size(
-    dim=16, heads=2, layers=2, ffn=24, stable=True, conv_channels=(8,) * 7, position_kernel=8, position_groups=2,
-    conv_bias=True, conv_norm="layer",
-)  # fmt: skip
-DIT = {
-    "model_type": "s2v", "dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 16,
-    "text_len": 512, "audio_dim": 16, "num_audio_token": 2, "audio_inject_layers": [0, 1],
-}  # fmt: skip
-RANK = 4
-
-
-def write_tokenizer(folder: Path) -> None:
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "a", "person"))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
-
-
-def write_speech(folder: Path) -> None:
-    folder.mkdir()
-    encoder = Wav2Vec2Encoder(SPEECH)
-    (folder / "config.json").write_text(json.dumps(SPEECH.to_transformers().to_dict()))
-    save_file(
-        {f"wav2vec2.{k}": v.contiguous() for k, v in encoder.model.state_dict().items()}, folder / "model.safetensors"
-    )
-
-
-def lora_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    modules = [key.removesuffix(".weight") for key in weights if key.endswith(".weight")]
-    found = {}
-    for module in filter(is_target, modules):
-        rows, columns = weights[f"{module}.weight"].shape
-        found[f"{module}.lora_A.default.weight"] = torch.randn(RANK, columns).bfloat16()
-        found[f"{module}.lora_B.default.weight"] = 0.05 * torch.randn(rows, RANK).bfloat16()
-    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("checkpoints")
-    base = root / published.BASE
-    base.mkdir()
-    torch.manual_seed(0)
-    dit = LiveAvatar(LiveAvatarConfig.from_published(DIT, audio_layers=SPEECH.states))
-    weights = {key: (0.2 * torch.randn_like(value)).bfloat16() for key, value in dit.state_dict().items()}
-    keys, index = sorted(weights), {}
-    for part in range(2):
-        name = f"diffusion_pytorch_model-0000{part + 1}-of-00002.safetensors"
-        save_file({key: weights[key] for key in keys[part::2]}, base / name)
-        index |= dict.fromkeys(keys[part::2], name)
-    (base / published.DIT_INDEX).write_text(json.dumps({"weight_map": index}))
-    (base / "config.json").write_text(json.dumps(DIT))
-    (root / "Live-Avatar").mkdir()
-    save_file(lora_of(weights), root / "Live-Avatar" / published.LORA)
-    vae = WanVae(VaeConfig(4, 16, (1, 2, 2, 2), 1, (False, True, True), (0.0,) * 16, (1.0,) * 16))
-    torch.save(vae.state_dict(), base / published.VAE_WEIGHTS)
-    torch.save(UMT5.invert(dict(Umt5Encoder(TEXT).model.named_parameters())), base / published.TEXT_WEIGHTS)
-    write_tokenizer(base / published.TOKENIZER)
-    write_speech(base / published.SPEECH)
-    return root
+    return write_published(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(autouse=True)
 def small_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "UMT5_XXL", TEXT)
+    make_text_small(monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["float32", "auto"])
@@ -190,3 +122,31 @@ def test_layers_are_quantised_while_they_are_read(folder: Path) -> None:
     state = whole.state_dict()
     assert state.keys() == system.dit.state_dict().keys()
     assert all(torch.equal(v.view(torch.uint8), state[k].view(torch.uint8)) for k, v in system.dit.state_dict().items())
+
+
+def test_a_file_that_is_no_vae_is_named(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / published.BASE
+    base.mkdir()
+    for file in [*(folder / published.BASE).iterdir(), folder / "Live-Avatar" / published.LORA]:
+        (base / file.name).symlink_to(file)
+    state = torch.load(base / published.VAE_WEIGHTS, weights_only=True)
+    lost = state.pop("decoder.head.2.bias")
+    state["decoder.head.2.wires"] = lost
+    (base / published.VAE_WEIGHTS).unlink()
+    torch.save(state, base / published.VAE_WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"Wan2\.1_VAE\.pth: .*missing: decoder\.head\.2\.bias.*unexpected.*wires"
+    ):
+        load("liveavatar-14b", checkpoint=base, device="cpu")
+    torch.save({"x": lost}, base / published.VAE_WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth holds no Wan 2\.1 VAE"):
+        load("liveavatar-14b", checkpoint=base, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_has_the_bits_of_its_file(folder: Path, dtype: torch.dtype) -> None:
+    system = published.load_published(folder, dtype, torch.device("cpu"))
+    state = torch.load(folder / published.BASE / published.VAE_WEIGHTS, weights_only=True)
+    held = system.vae.state_dict()
+    assert held.keys() == state.keys() and all(torch.equal(held[key], v.to(dtype)) for key, v in state.items())
+    assert not system.vae.training and not any(p.requires_grad for p in system.vae.parameters())

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from kinora.runtime import load
-from kinora.runtime.media import iter_frames, read_audio
-from kinora.runtime.media.writer import VideoWriter
+
+pytest.importorskip("av")
+from kinora.runtime.media import VideoWriter, iter_frames, read_audio
 
 RATE, FPS = 16_000, 25
 SECONDS = int(os.environ.get("KINORA_LONG_RUN_SECONDS", "600"))

@@ -115,6 +115,26 @@ def test_fp8_layer_is_close(granularity) -> None:
         assert (y.float() - exact.float()).norm() < 0.06 * exact.float().norm()
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_values_has_the_same_tensors(
+    granularity: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes, dtypes and names of a real one, without quantising anything."""
+    made = Fp8Linear(torch.nn.Linear(48, 32, dtype=dtype), granularity)
+    monkeypatch.setattr("kinora.graphs.quantize.ops.quantize_fp8", None)
+    empty = Fp8Linear(torch.nn.Linear(48, 32, dtype=dtype, device="meta"), granularity)
+    assert all(value.is_meta for value in empty.state_dict().values()) and empty.dtype == made.dtype
+
+    def described(layer: Fp8Linear) -> dict[str, tuple]:
+        return {name: (v.dtype, v.shape, v.stride()) for name, v in layer.state_dict().items()}
+
+    assert described(empty) == described(made)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="granularity"):
+        Fp8Linear(torch.nn.Linear(48, 32, device="meta"), "column")  # type: ignore[arg-type]
+
+
 def test_row_scales_survive_an_outlier_row() -> None:
     x = torch.randn(8, 64) * torch.logspace(-4, 2, 8)[:, None]
     linear = Linear(64, 32, bias=False)

@@ -1,11 +1,20 @@
 """Sound: every codec keeps its time, channels are mixed without clipping, bad files say what is wrong."""
 
-import av
 import numpy as np
 import pytest
 from kinora.runtime.errors import InputError
-from kinora.runtime.media import VideoWriter, is_silent, iter_audio, peak_dbfs, read_audio, read_video, write_image
 from media_files import click_at, onset, quarters, write_sound
+
+av = pytest.importorskip("av")
+from kinora.runtime.media import (  # noqa: E402
+    VideoWriter,
+    is_silent,
+    iter_audio,
+    peak_dbfs,
+    read_audio,
+    read_video,
+    write_image,
+)
 
 
 @pytest.mark.parametrize("target", [16_000, 48_000])

@@ -5,14 +5,15 @@ import subprocess
 import sys
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kinora.runtime.errors import InputError, OutputError
-from kinora.runtime.media import VideoWriter, iter_frames, read_video
 from media_files import click_at, onset, quarters, write_sound
+
+av = pytest.importorskip("av")
+from kinora.runtime.media import VideoWriter, iter_frames, read_video  # noqa: E402
 
 
 def flash_and_click(frames: int, at: int, height: int, width: int, rate: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from kinora.graphs.rewrite.program import Argument, trace
 from kinora.graphs.rewrite.wan_vae import StreamingDecoder
 from kinora.runtime.placement.batched_steps import BatchedSteps
 from kinora.runtime.placement.captured import CapturedBlock
-from test_captured_block import GRID, MODE, model
-from test_vae import TINY, make_vae
+from small_block import GRID, MODE, model
+from small_vae import TINY, make_vae
 
 WORK = "working memory of a graph"
 

@@ -17,8 +17,8 @@ from kinora.runtime.placement.captured_vae import CapturedDecoder, CapturedEncod
 from kinora.runtime.placement.engines import CapturedPlacement, SinglePlacement
 from kinora.runtime.placement.pool import IdlePool
 from kinora.runtime.systems.liveavatar_mode import Decoding, Resink
-from test_avatar import sound, write_model
-from test_vae import TINY, make_vae
+from small_model import sound, write_model
+from small_vae import TINY, make_vae
 
 LOUD = sound(0.9)
 

@@ -17,7 +17,7 @@ from kinora.graphs.quantize import quantize_linears, takes_fp8
 from kinora.runtime import load
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
 from kinora.runtime.systems.liveavatar_mode import STREAM
-from test_avatar import write_model
+from small_model import write_model
 from torch import Tensor, nn
 
 quantization = pytest.importorskip("torchao.quantization")

@@ -9,7 +9,7 @@ from kinora.graphs.models.wan_vae import VaeConfig
 from kinora.graphs.rewrite.wan_vae import StreamingDecoder, StreamingEncoder
 from kinora.graphs.rewrite.wan_vae_stages import Scratch
 from kinora.kernels.dispatch import using
-from test_vae import TINY, make_vae
+from small_vae import TINY, make_vae
 from torch import Tensor
 
 FLAT = replace(TINY, dim_mult=(2,), temporal_downsample=())

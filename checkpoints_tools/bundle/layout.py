@@ -14,6 +14,7 @@ from torch import Tensor
 from .format import ALIGNMENT, BY_TORCH, PAGE, PAGED, BundleError
 
 PAD = "__pad."
+PART_KEY = "kinora_part"  # of a file's `__metadata__`
 SCALE_ENDING = "_descale"  # `x.weight_descale` holds the scales of `x.weight`
 
 

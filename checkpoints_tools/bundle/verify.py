@@ -20,30 +20,44 @@ from .write import file_sha256
 
 LEAST_SQNR = 20.0  # dB; e4m3 with a scale a channel gives about 31 on weights that are normally distributed
 NUMBERS_AT_ONCE = 1 << 24
+LARGEST_ERROR = {torch.float32: 1e-4}  # relative L2, of what another device computed once more
+LARGEST_ROUNDED_ERROR = 5e-2  # the same in half precision, through all layers of a text encoder
 
 
 @dataclass
 class Verification:
-    """What was found: `problems` in words, and in dB how far each quantised tensor is from the source's."""
+    """What was found: `problems` in words, and what was compared with the source.
+
+    `equal`: parts whose tensors were compared with the source's bit by bit, but for those in `sqnr`, which says in dB
+    how far each quantised one is from it; `recomputed`: parts that the source computes, and the largest relative L2
+    error of their tensors; `uncompared`: parts of which the source has nothing. All empty without a source.
+    """
 
     tensors: int = 0
     size: int = 0
     problems: list[str] = field(default_factory=list)
     sqnr: dict[str, float] = field(default_factory=dict)
+    equal: list[str] = field(default_factory=list)
+    recomputed: dict[str, float] = field(default_factory=dict)
+    uncompared: list[str] = field(default_factory=list)
 
     def need(self, holds: bool, problem: str) -> None:
         if not holds:
             self.problems.append(problem)
 
 
-def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = None) -> Verification:
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+def verify(bundle: Bundle, source: Parts | None = None, recomputed: Parts | None = None) -> Verification:
     """Read every byte of a bundle and check it; `source`: part -> key -> tensor that parts should have been made of.
 
-    A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR.
+    A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR. `recomputed`: likewise for
+    parts that hold results and no weights; sums in another order may differ by LARGEST_ERROR.
     """
     found = Verification()
     _check_hashes(bundle, found)
-    for part in sorted(set(source or ()) - {file.part for file in bundle.index.files}):
+    for part in sorted({*(source or ()), *(recomputed or ())} - {file.part for file in bundle.index.files}):
         found.problems.append(f"the bundle lacks the part {part}, which its source has")
     for file in bundle.index.files:
         records = bundle.records(file.part)
@@ -64,7 +78,12 @@ def verify(bundle: Bundle, source: Mapping[str, Mapping[str, Tensor]] | None = N
         for key in used & tensors.keys():
             found.need(bool((tensors[key] > 0).all()), f"{file.part}.{key} has scales that are not positive")
         if source is not None and file.part in source:
+            found.equal.append(file.part)
             _compare(file.part, tensors, scales, used, source[file.part], found)
+        elif recomputed is not None and file.part in recomputed:
+            found.recomputed[file.part] = _compare_results(file.part, tensors, recomputed[file.part], found)
+        elif source is not None or recomputed is not None:
+            found.uncompared.append(file.part)
     return found
 
 
@@ -149,20 +168,45 @@ def _compare(
     found: Verification,
 ) -> None:
     """The tensors of a part with those that it was made of."""
-    expected, held = set(source), set(tensors) - used
-    if expected != held:
-        differing = ", ".join(sorted(expected ^ held)[:6])
-        found.problems.append(f"{part}: the source and the bundle have other tensors ({differing})")
-    for key in [key for key in tensors if key in expected & held]:
-        ours, theirs = tensors[key], source[key].cpu()
-        if ours.shape != theirs.shape:
-            found.problems.append(f"{part}.{key} has shape {list(ours.shape)}, the source {list(theirs.shape)}")
-        elif key in scales:
+    for key, ours, theirs in _pairs(part, {key: tensors[key] for key in tensors if key not in used}, source, found):
+        if key in scales:
             noise = sqnr(ours, tensors[scales[key].removeprefix(f"{part}.")], theirs)
             found.sqnr[f"{part}.{key}"] = noise
             found.need(noise >= LEAST_SQNR, f"{part}.{key} is {noise:.1f} dB from the source, below {LEAST_SQNR:g}")
         else:
             found.need(ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"{part}.{key} is not the source's")
+
+
+def _pairs(
+    part: str, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor], found: Verification
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(key, ours, the source's) where both have the key and one shape; what differs is a problem."""
+    if differing := sorted(tensors.keys() ^ source.keys()):
+        found.problems.append(f"{part}: the source and the bundle have other tensors ({', '.join(differing[:6])})")
+    for key in [key for key in tensors if key in source]:
+        ours, theirs = tensors[key], source[key].cpu()
+        if ours.shape == theirs.shape:
+            yield key, ours, theirs
+        else:
+            found.problems.append(f"{part}.{key} has shape {list(ours.shape)}, the source {list(theirs.shape)}")
+
+
+def _compare_results(
+    part: str, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor], found: Verification
+) -> float:
+    """The largest relative L2 error of the tensors of a part against those that the source computes here."""
+    errors = [0.0]
+    for key, ours, theirs in _pairs(part, tensors, source, found):
+        if ours.dtype != theirs.dtype:
+            found.problems.append(f"{part}.{key} has dtype {ours.dtype}, the source {theirs.dtype}")
+            continue
+        difference = float((ours.double() - theirs.double()).norm())
+        error = difference / max(float(theirs.double().norm()), 1e-30)
+        limit = LARGEST_ERROR.get(ours.dtype, LARGEST_ROUNDED_ERROR)
+        told = f"differs by {error:.1e} from what the source gives (limit {limit:.0e})"
+        found.need(error <= limit, f"{part}.{key} {told}")
+        errors.append(error)
+    return max(errors)
 
 
 def sqnr(quantised: Tensor, scale: Tensor, original: Tensor) -> float:

@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +27,15 @@ from .format import (
     TensorRecord,
     pack,
 )
-from .layout import SCALE_ENDING, place_tensors, safetensors_header
+from .layout import PART_KEY, SCALE_ENDING, Place, place_tensors, safetensors_header
 
 HEADER_SOURCE = Path(__file__).parents[1] / "c" / "kinora_bundle.h"
 FORMAT = "kinora-bundle"
 PIECE = 1 << 24
+AHEAD = 3  # tensors that are copied from their device while one is hashed, and as many that are written
+WORKERS = 2 * AHEAD + 1  # one more for flushing
+HASHERS = 8  # files
+FLUSHED_AT_ONCE = 1 << 29  # bytes
 
 
 def write_bundle(
@@ -120,42 +125,88 @@ def _replace(partial: Path, folder: Path) -> None:
 def _write_part(
     folder: Path, part: str, tensors: Mapping[str, Tensor], number: int, first: int
 ) -> tuple[FileRecord, list[TensorRecord], str]:
-    """Write file `number`, whose first tensor is `first` of the bundle -> its records and its SHA-256."""
+    """Write file `number`, whose first tensor is `first` of the bundle -> its records and its SHA-256.
+
+    The SHA-256 of a file goes through its bytes one after the other, so that this thread does nothing else; meanwhile
+    others copy the next tensors from their device, and write those before, with their CRC-32. Of AHEAD tensors each.
+    """
     places = place_tensors(tensors)
-    header = safetensors_header(places, {"format": "pt", "kinora_part": part})
-    numbers = {place.key: first + i for i, place in enumerate(places)}
-    records: list[TensorRecord] = []
-    digest, end = hashlib.sha256(), 0
-    with open(folder / f"{part}{WEIGHTS_ENDING}", "wb") as file, ThreadPoolExecutor(2) as pool:
+    header = safetensors_header(places, {"format": "pt", PART_KEY: part})
+    size = len(header) + (places[-1].end if places else 0)
+    digest, end = hashlib.sha256(header), 0
+    for device in {place.tensor.device for place in places if place.tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the copies run on the streams of other threads
+    with open(folder / f"{part}{WEIGHTS_ENDING}", "wb", buffering=0) as file, ThreadPoolExecutor(WORKERS) as pool:
+        target = file.fileno()
+        file.truncate(size)  # what is written nowhere is zero
+        write_at(target, header, 0)
 
-        def write(data: bytes | memoryview) -> int:
-            """Write and hash at once -> CRC-32; each of the three lets the others run."""
-            others: list[Future[Any]] = [pool.submit(digest.update, data), pool.submit(file.write, data)]
-            crc = zlib.crc32(data)
-            for other in others:
-                other.result()
-            return crc
+        def store(data: memoryview, offset: int) -> int:
+            """-> CRC-32"""
+            write_at(target, data, len(header) + offset)
+            return zlib.crc32(data)
 
-        header_crc = write(header)
-        for place in places:
-            if place.offset > end:
-                write(bytes(place.offset - end))
-            crc = write(tensor_bytes(place.tensor))
+        stored: list[Future[int]] = []
+        flushed, flushing = 0, pool.submit(os.fsync, target)
+        for place, data in zip(places, _copied(places, pool), strict=True):
+            if len(stored) >= AHEAD:
+                stored[-AHEAD].result()
+            stored.append(pool.submit(store, data, place.offset))
+            digest.update(bytes(place.offset - end))
+            digest.update(data)
             end = place.end
-            dtype, shape = BY_TORCH[place.tensor.dtype], tuple(place.tensor.shape)
-            where = len(header) + place.offset, place.tensor.nbytes
-            scale = numbers.get(f"{place.key}{SCALE_ENDING}")
-            records.append(TensorRecord(f"{part}.{place.key}", number, dtype, shape, *where, crc, scale))
-        file.flush()
-        os.fsync(file.fileno())
-    record = FileRecord(f"{part}{WEIGHTS_ENDING}", len(header) + end, len(header), header_crc)
-    return record, records, digest.hexdigest()
+            if end - flushed >= FLUSHED_AT_ONCE and flushing.done():  # the disk works too, from the beginning
+                flushing.result()
+                flushed, flushing = end, pool.submit(os.fsync, target)
+        crcs = [each.result() for each in stored]
+        flushing.result()
+        os.fsync(target)
+    numbers = {place.key: first + i for i, place in enumerate(places)}
+    records = [
+        TensorRecord(
+            f"{part}.{place.key}",
+            number,
+            BY_TORCH[place.tensor.dtype],
+            tuple(place.tensor.shape),
+            len(header) + place.offset,
+            place.tensor.nbytes,
+            crc,
+            numbers.get(f"{place.key}{SCALE_ENDING}"),
+        )
+        for place, crc in zip(places, crcs, strict=True)
+    ]
+    return FileRecord(f"{part}{WEIGHTS_ENDING}", size, len(header), zlib.crc32(header)), records, digest.hexdigest()
+
+
+def _copied(places: Sequence[Place], pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+    """The bytes of each tensor, while those of the next AHEAD are on their way."""
+    coming: deque[Future[memoryview]] = deque()
+    for place in places:
+        coming.append(pool.submit(tensor_bytes, place.tensor))
+        if len(coming) > AHEAD:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at byte `offset` of a file. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on any device, row-major."""
     flat = tensor.detach().contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def file_hashes(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, in hexadecimal; several at once, because a file's is the work of one core."""
+    with ThreadPoolExecutor(HASHERS) as pool:
+        return list(pool.map(file_sha256, paths))
 
 
 def file_sha256(path: Path) -> str:

@@ -21,7 +21,9 @@
  *
  * Files are mapped with POSIX mmap. With -DKINORA_BUNDLE_READ they are read into memory instead (fopen, fread), for
  * systems without mmap and for tools that check memory; tensors are then aligned as malloc aligns. On Windows that is
- * the only way. The format is docs/bundles.md. Apache License 2.0.
+ * the only way. Either way a file must fit into the address space: where pointers have 32 bits, 2 GB. A bundle with a
+ * larger one is refused with KINORA_NO_MEMORY; KINORA_LARGEST_FILE, in bytes, may be defined smaller.
+ * The format is docs/bundles.md. Apache License 2.0.
  */
 #ifndef KINORA_BUNDLE_H
 #define KINORA_BUNDLE_H
@@ -50,7 +52,7 @@ typedef enum kinora_status {
     KINORA_BAD_INDEX = 2,    /* bundle.idx breaks a rule of the format */
     KINORA_BAD_FILE = 3,     /* a weight file is not the one that the index describes */
     KINORA_BAD_CHECKSUM = 4, /* bytes differ from those that were written */
-    KINORA_NO_MEMORY = 5,
+    KINORA_NO_MEMORY = 5,    /* or a file is larger than this program can address */
     KINORA_NOT_FOUND = 6     /* there is no tensor of that name or number */
 } kinora_status;
 
@@ -156,6 +158,9 @@ enum {
 #define KINORA__MAX_INDEX ((uint64_t)1 << 28)
 #define KINORA__LARGEST (((uint64_t)1 << 63) - 1)
 #define KINORA__NO_SCALE 0xFFFFFFFFu
+#if !defined(KINORA_LARGEST_FILE)
+#define KINORA_LARGEST_FILE ((uint64_t)((size_t)-1 >> 1)) /* no object of C is larger */
+#endif
 
 typedef struct kinora__memory {
     const unsigned char *bytes;
@@ -246,7 +251,8 @@ static uint32_t kinora__crc(const kinora_bundle *b, const unsigned char *p, uint
 #define kinora__tell ftell
 #endif
 
-/* A whole file. An empty one is refused: nothing of a bundle is empty. */
+/* A whole file of up to `largest` bytes, which is no more than KINORA_LARGEST_FILE. An empty one is refused: nothing of
+ * a bundle is empty. */
 static kinora_status kinora__map(const char *path, uint64_t largest, kinora__memory *memory, kinora_error *error) {
 #if defined(KINORA_BUNDLE_READ)
     FILE *file = fopen(path, "rb");
@@ -254,8 +260,7 @@ static kinora_status kinora__map(const char *path, uint64_t largest, kinora__mem
     unsigned char *bytes;
     if (!file) return kinora__fail(error, KINORA_CANNOT_READ, "%.180s cannot be opened", path);
     if (kinora__seek(file, 0, SEEK_END) == 0) size = (int64_t)kinora__tell(file);
-    if (size <= 0 || (uint64_t)size > largest || (uint64_t)(size_t)size != (uint64_t)size ||
-        kinora__seek(file, 0, SEEK_SET) != 0) {
+    if (size <= 0 || (uint64_t)size > largest || kinora__seek(file, 0, SEEK_SET) != 0) {
         fclose(file);
         return kinora__fail(error, KINORA_CANNOT_READ, "%.180s is empty, too large, or no file", path);
     }
@@ -278,7 +283,7 @@ static kinora_status kinora__map(const char *path, uint64_t largest, kinora__mem
     int file = open(path, O_RDONLY | O_NONBLOCK);
     if (file < 0) return kinora__fail(error, KINORA_CANNOT_READ, "%.180s cannot be opened", path);
     if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size <= 0 ||
-        (uint64_t)about.st_size > largest || (uint64_t)(size_t)about.st_size != (uint64_t)about.st_size) {
+        (uint64_t)about.st_size > largest) {
         close(file);
         return kinora__fail(error, KINORA_CANNOT_READ, "%.180s is empty, too large, or no file", path);
     }
@@ -482,13 +487,17 @@ static kinora_status kinora__check_header(kinora_bundle *b, kinora_error *error)
 
 static kinora_status kinora__map_file(kinora_bundle *b, const char *folder, uint32_t number, kinora_error *error) {
     kinora__file file = kinora__file_at(b, number);
-    char *path = kinora__path(folder, file.name);
     kinora_status status;
+    char *path;
+    if (file.size > KINORA_LARGEST_FILE)
+        return kinora__fail(error, KINORA_NO_MEMORY, "%.120s has %llu bytes; this program can address files of up to %llu",
+                            file.name, (unsigned long long)file.size, (unsigned long long)KINORA_LARGEST_FILE);
+    path = kinora__path(folder, file.name);
     if (!path) return kinora__fail(error, KINORA_NO_MEMORY, "no memory for the name of a file");
 #if defined(KINORA_BUNDLE_READ)
     status = kinora__map(path, file.size, &b->maps[number], error); /* never more memory than the index says */
 #else
-    status = kinora__map(path, KINORA__LARGEST, &b->maps[number], error);
+    status = kinora__map(path, KINORA_LARGEST_FILE, &b->maps[number], error);
 #endif
     free(path);
     if (status != KINORA_OK) return status;

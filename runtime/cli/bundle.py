@@ -77,7 +77,8 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Read every byte of a bundle: hashes, checksums, index against weight files, finite values; with --source also
-    what quantisation cost, as signal to noise (SQNR) in dB.
+    that the weights are the source's, what quantisation cost, as signal to noise (SQNR) in dB, and that the source
+    computes the rows of a fixed prompt and the folded tables.
 
     kinora bundle verify tiny-bundle --source tiny
     """
@@ -89,8 +90,12 @@ def verify(
         more = len(found.problems) - SHOWN
         raise CheckpointError(f"{folder}: {told}{f'; and {more} more' if more > 0 else ''}")
     typer.echo(f"{folder} is sound: {found.tensors} tensors, {found.size / 1e9:.3f} GB")
-    if source:
-        typer.echo("every tensor that is not quantised is equal to the source's")
+    if found.equal:
+        typer.echo(f"{', '.join(found.equal)}: every tensor that is not quantised is equal to the source's")
+    for part, error in found.recomputed.items():
+        typer.echo(f"{part}: " + (f"within {error:.1e} of" if error else "equal to") + " what the source computes here")
+    if found.uncompared:
+        typer.echo(f"not compared, because the source has nothing like it: {', '.join(found.uncompared)}")
     if found.sqnr:
         table = Table("quantised", "SQNR, dB", title="Furthest from the source", title_justify="left")
         for name, noise in sorted(found.sqnr.items(), key=lambda item: item[1])[:SHOWN]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ...checkpoints_tools.assign import assign_state
-from ...checkpoints_tools.keymaps import CLIP
+from ...checkpoints_tools.keymaps import CLIP, KeyMap
+from ...checkpoints_tools.load import load_module
 from .half_precision import rounded_once
-from .loading import read_checkpoint
+from .loading import open_checkpoint
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -90,9 +91,16 @@ class ClipVision(nn.Module):
         self, state: dict[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         """Take the weights from a state dict with published names (`visual.*`; the text tower is not read)."""
+        assign_state(self, state, self._keymap(), dtype=dtype, device=device)
+        self._number_positions()
+
+    def _keymap(self) -> KeyMap:
+        """The published names, less those of blocks that are not run."""
         beyond = tuple(f"visual.transformer.{j}." for j in range(self.blocks, self.size.layers))
-        keymap = replace(CLIP, unused=(*CLIP.unused, "visual.post_norm.", *beyond))
-        assign_state(self, state, keymap, dtype=dtype, device=device)
+        return replace(CLIP, unused=(*CLIP.unused, "visual.post_norm.", *beyond))
+
+    def _number_positions(self) -> None:
+        """The buffer that no file holds."""
         embeddings = self.vision_model.embeddings
         embeddings.position_ids = torch.arange(self.size.tokens, device=embeddings.class_embedding.device)[None]
 
@@ -108,8 +116,9 @@ class ClipVision(nn.Module):
         """From `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`; raises CheckpointError."""
         with torch.device("meta"):
             tower = cls(size)
-        with read_checkpoint(checkpoint) as state:
-            tower.assign(state, dtype=dtype, device=device)
+        with open_checkpoint(checkpoint) as weights:
+            load_module(tower, weights, tower._keymap(), dtype=dtype, device=device)
+        tower._number_positions()
         return tower
 
     @torch.no_grad()

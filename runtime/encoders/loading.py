@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
 from ...checkpoints_tools.assign import KeyMismatch
 from ...checkpoints_tools.read import UnreadableFile
 from ...checkpoints_tools.sources import Weights, open_weights
@@ -25,13 +23,6 @@ def open_checkpoint(path: str | Path) -> Iterator[Weights]:
         raise CheckpointError(str(error)) from error
     except KeyMismatch as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-@contextmanager
-def read_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
-    """The state dict of a file, mapped; errors as `open_checkpoint`."""
-    with open_checkpoint(path) as weights:
-        yield {name: weights.map(name) for name in weights}
 
 
 def find_weights(folder: str | Path) -> Path:

@@ -14,10 +14,11 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from ...checkpoints_tools.assign import assign_state
 from ...checkpoints_tools.keymaps import wav2vec2_keymap
+from ...checkpoints_tools.load import load_module
 from ..errors import CheckpointError, InputError
 from .audio_windows import resample_time
 from .half_precision import rounded_once
-from .loading import find_weights, read_checkpoint
+from .loading import find_weights, open_checkpoint
 
 SAMPLE_RATE = 16_000
 VARIANCE_EPS = 1e-7
@@ -154,8 +155,8 @@ class Wav2Vec2Encoder(nn.Module):
             raise CheckpointError(f"{config} is no configuration of wav2vec 2.0: {error!r}") from error
         with torch.device("meta"):
             encoder = cls(size)
-        with read_checkpoint(find_weights(folder)) as state:
-            encoder.assign(state, dtype=dtype, device=device)
+        with open_checkpoint(find_weights(folder)) as weights:
+            load_module(encoder.model, weights, wav2vec2_keymap(weights), dtype=dtype, device=device)
         return encoder
 
     @torch.no_grad()

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from ...checkpoints_tools.assign import KeyMismatch
+from ...checkpoints_tools.keymaps import SameNames
 from ...checkpoints_tools.liveavatar import LoraMismatch, load_liveavatar
-from ...checkpoints_tools.load import Fp8
+from ...checkpoints_tools.load import Fp8, load_module
 from ...checkpoints_tools.locate import NotFound, locate
 from ...checkpoints_tools.read import UnreadableFile
 from ...graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from ...graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WanVae, infer_config
+from ..encoders.loading import open_checkpoint
 from ..encoders.text import TextEncoder
 from ..encoders.umt5 import UMT5_XXL
 from ..encoders.wav2vec import Wav2Vec2Encoder
@@ -21,7 +23,6 @@ from ..errors import CheckpointError
 from .encoder_front_ends import EncodedPrompt, Wav2Vec2Speech
 from .liveavatar import LiveAvatarSystem
 from .liveavatar_mode import STREAM
-from .weights import assign_weights, read_weights
 
 BASE = "Wan2.2-S2V-14B"
 BASE_REPOSITORY = f"Wan-AI/{BASE}"
@@ -113,14 +114,14 @@ def load_published(
 
 
 def _load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
-    weights = read_weights(path)
-    try:
-        config = infer_config(weights)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} holds no Wan 2.1 VAE ({error!r}); check which file this is") from error
-    with torch.device("meta"):
-        vae = WanVae(config)
-    assign_weights(vae, weights, path, "Wan 2.1 VAE", dtype, device)
+    with open_checkpoint(path) as weights:
+        try:
+            config = infer_config(weights.meta())
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path} holds no Wan 2.1 VAE ({error!r}); check which file this is") from error
+        with torch.device("meta"):
+            vae = WanVae(config)
+        load_module(vae, weights, SameNames("Wan 2.1 VAE"), dtype=dtype, device=device)
     return vae.set_precision(FLOAT32 if dtype == torch.float32 else BF16_AUTOCAST)
 
 

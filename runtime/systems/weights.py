@@ -1,4 +1,4 @@
-"""Weight files -> modules, with errors that name the file and what does not fit."""
+"""Small weight files, read as a whole, -> modules, with errors that name the file and what does not fit."""
 
 from collections.abc import Mapping
 from pathlib import Path

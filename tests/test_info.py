@@ -1,0 +1,55 @@
+"""`kinora info`: what this machine has, which models it would run, and whether their files are there."""
+
+import numpy as np
+import pytest
+from cli_doubles import run
+from kinora.runtime.errors import CheckpointError
+from safetensors.numpy import save_file
+
+pytest.importorskip("av")  # whose version it tells
+from kinora.runtime import info as info_module
+
+
+def test_info_names_machine_models_and_ops(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(["info"], capsys)
+    assert code == 0
+    for word in ("machine", "torch", "FFmpeg", "GPU", "tiny", "liveavatar-14b", "rope_attention", "PyTorch"):
+        assert word in out
+
+
+def test_info_tells_whether_a_checkpoint_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert info_module.collect().models[1].folder is None
+    snapshot = tmp_path / "cache" / "models--Wan-AI--Wan2.2-S2V-14B" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    cached = info_module.collect().models[1]
+    assert cached.folder == snapshot and "lacks config.json" in cached.would_run
+    folder = tmp_path / "Wan2.2-S2V-14B"
+    for name in ("google/umt5-xxl", "wav2vec2-large-xlsr-53-english"):
+        (folder / name).mkdir(parents=True)
+    for name in (
+        "config.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "Wan2.1_VAE.pth",
+    ):
+        (folder / name).touch()
+    assert "lacks liveavatar.safetensors" in info_module.collect().models[1].would_run
+    (folder / "liveavatar.safetensors").touch()
+    small, large = (info_module.Gpu("card", memory, None) for memory in (24.0, 140.0))
+    for gpus, told in [((), "this machine has none"), ((small,), "has 26 GB"), ((small, large), "yes, on one GPU")]:
+        monkeypatch.setattr(info_module, "list_gpus", lambda gpus=gpus: gpus)
+        assert told in info_module.collect(folder).models[1].would_run
+
+
+def test_info_counts_the_parameters_of_tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(info_module, "TINY_FOLDER", tmp_path)
+    assert "no: " in info_module.collect().models[0].would_run
+    save_file({"a": np.zeros((1000, 1500), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "tiny.safetensors")
+    tiny = info_module.collect().models[0]
+    assert tiny.size == "1.5 M parameters, 3.0 MB" and tiny.would_run.startswith("yes")
+    (tmp_path / "tiny.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        info_module.collect()
