@@ -1,8 +1,13 @@
-"""A small LiveAvatar for blocks that are compiled and captured: its sizes, inputs, and the error of a result."""
+"""A small LiveAvatar for blocks that are compiled and captured: its sizes, inputs, and a run of blocks."""
+
+from collections.abc import Sequence
 
 import torch
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from kinora.runtime.placement.captured import CapturedBlock
+from kinora.runtime.placement.single import SingleDevice
 from kinora.runtime.systems.liveavatar_mode import GenerationMode
+from kinora.runtime.systems.liveavatar_step import BlockInputs
 from torch import Tensor
 
 GRID = (8, 4)  # latent rows, columns
@@ -27,3 +32,27 @@ def latents(frames: int) -> Tensor:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
+
+
+def blocks(count: int, actors: int = 1, pose: bool = False) -> list[tuple[Tensor, BlockInputs]]:
+    mask = None if actors == 1 else torch.rand(actors, 12, GRID[0] // 2, GRID[1] // 2, 1)
+    return [
+        (
+            latents(3),
+            BlockInputs(index, torch.randn(actors, 3, 32, 12), (5 + index, 9), latents(3) if pose else None, mask),
+        )
+        for index in range(count)
+    ]
+
+
+def run(
+    denoiser: SingleDevice | CapturedBlock, inputs: Sequence[tuple[Tensor, BlockInputs]], dit: LiveAvatar
+) -> Tensor:
+    torch.manual_seed(1)
+    made = []
+    denoiser.condition(latents(1), latents(5))
+    for x, block in inputs:
+        if block.index == 5:
+            denoiser.condition(latents(1), latents(5))
+        made.append(denoiser.denoise(x.to(dit.dtype), block).float())
+    return torch.cat(made)

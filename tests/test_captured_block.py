@@ -14,32 +14,8 @@ from kinora.runtime.placement.captured import CapturedBlock
 from kinora.runtime.placement.single import SingleDevice
 from kinora.runtime.placement.static_stream import BlockShape
 from kinora.runtime.systems.liveavatar_step import BlockInputs
-from small_block import CONFIG, GRID, MODE, error, latents, model
+from small_block import CONFIG, GRID, MODE, blocks, error, model, run
 from torch import Tensor
-
-
-def blocks(count: int, actors: int = 1, pose: bool = False) -> list[tuple[Tensor, BlockInputs]]:
-    mask = None if actors == 1 else torch.rand(actors, 12, GRID[0] // 2, GRID[1] // 2, 1)
-    return [
-        (
-            latents(3),
-            BlockInputs(index, torch.randn(actors, 3, 32, 12), (5 + index, 9), latents(3) if pose else None, mask),
-        )
-        for index in range(count)
-    ]
-
-
-def run(
-    denoiser: SingleDevice | CapturedBlock, inputs: Sequence[tuple[Tensor, BlockInputs]], dit: LiveAvatar
-) -> Tensor:
-    torch.manual_seed(1)
-    made = []
-    denoiser.condition(latents(1), latents(5))
-    for x, block in inputs:
-        if block.index == 5:
-            denoiser.condition(latents(1), latents(5))
-        made.append(denoiser.denoise(x.to(dit.dtype), block).float())
-    return torch.cat(made)
 
 
 def both(dit: LiveAvatar, inputs: Sequence[tuple[Tensor, BlockInputs]], **options: object) -> tuple[Tensor, Tensor]:

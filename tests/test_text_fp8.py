@@ -15,7 +15,7 @@ from kinora.runtime.media import read_audio
 from kinora.runtime.placement import static_stream
 from kinora.runtime.placement.batched_steps import BatchedSteps
 from kinora.runtime.placement.captured import CapturedBlock
-from test_captured_block import CONFIG, GRID, MODE, blocks, error, model, run
+from small_block import CONFIG, GRID, MODE, blocks, error, model, run
 from torch import Tensor
 
 DIM, HEADS, TOKENS = 96, 3, 40
