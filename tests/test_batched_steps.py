@@ -73,7 +73,7 @@ def batched(denoiser: BatchedSteps, inputs: Sequence[Block], given: Sequence[tup
     for x, block in inputs:
         if block.index == NEW_CONDITION:
             denoiser.condition(*given[1])
-        made.append(denoiser.push(x.to(denoiser.dit.dtype), block))
+        made.append(denoiser.denoise(x.to(denoiser.dit.dtype), block))
     assert [found is None for found in made] == [i < MODE.steps - 1 for i in range(len(inputs))]
     return [found for found in made if found is not None] + denoiser.drain()
 
@@ -132,11 +132,11 @@ def test_what_does_not_fit_is_refused() -> None:
         fast = BatchedSteps(dit, torch.randn(5, 16), MODE, GRID)
         assert fast.drain() == []
         with pytest.raises(RuntimeError, match="condition"):
-            fast.push(*inputs[0])
+            fast.denoise(*inputs[0])
         fast.condition(*conditions()[0])
-        fast.push(*inputs[0])
+        fast.denoise(*inputs[0])
         with pytest.raises(ValueError, match="block 2 cannot follow block 0"):
-            fast.push(*inputs[2])
+            fast.denoise(*inputs[2])
         x, block = inputs[1]
         with pytest.raises(ValueError, match="actor mask"):
-            fast.push(x, replace(block, actor_mask=torch.ones(1, 12, GRID[0] // 2, GRID[1] // 2, 1)))
+            fast.denoise(x, replace(block, actor_mask=torch.ones(1, 12, GRID[0] // 2, GRID[1] // 2, 1)))
