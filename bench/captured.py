@@ -13,12 +13,12 @@ from ..graphs.models.wan_vae import WanVae
 from ..runtime.placement.captured import CapturedBlock
 from ..runtime.placement.captured_vae import CapturedDecoder, CapturedEncoder
 from ..runtime.placement.engines import CapturedPlacement
-from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
+from ..runtime.systems.liveavatar import ImmediateDenoiser, LiveAvatarSystem
 from ..runtime.systems.liveavatar_mode import GenerationMode
 from .harness.run import Unavailable
 
 
-def captured_block(dit: LiveAvatar, prompt: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Denoiser:
+def captured_block(dit: LiveAvatar, prompt: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> ImmediateDenoiser:
     """As `SingleDevice(dit, prompt, mode, grid)`, captured."""
     need_gpu("CapturedBlock", dit.device)
     return CapturedBlock(dit, prompt, mode, grid)
