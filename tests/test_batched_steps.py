@@ -1,5 +1,7 @@
 """The time-steps of consecutive blocks in one batch against the steps one after another."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -195,3 +197,23 @@ def test_what_does_not_fit_is_refused() -> None:
         shared = CapturedBlock(dit, torch.randn(5, 16), MODE, GRID).memory
         with pytest.raises(ValueError, match="own_conditions"):
             shared.hand_on(0)
+
+
+@pytest.mark.parametrize("kind", [CapturedBlock, BatchedSteps])
+def test_buffers_go_with_the_stream(kind: type[CapturedBlock] | type[BatchedSteps]) -> None:
+    """No cycle of references keeps them until the garbage collector comes, which counts objects and not gigabytes."""
+    dit, inputs, given = model(), blocks(1), conditions(0)
+    for _ in range(2):  # the first trace of a process leaves frames behind
+        gc.collect()
+        gc.disable()
+        try:
+            stream = kind(dit, torch.randn(5, 16), MODE, GRID)
+            with torch.inference_mode():
+                stream.condition(*given[0])
+                stream.denoise(*inputs[0])
+            buffers = [weakref.ref(t) for t in (stream.static.x, stream.memory.layers[0][0].cache.k)]
+            del stream
+            alive = [buffer() is not None for buffer in buffers]
+        finally:
+            gc.enable()
+    assert not any(alive)

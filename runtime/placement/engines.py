@@ -127,7 +127,7 @@ class CapturedPlacement:
 
     def _build(self, key: EngineKey) -> CapturedEngine:
         dit, vae = self.system.dit, self.system.vae
-        gc.collect()  # an engine that made room refers to itself, and would keep its memory
+        gc.collect()  # graphs of programs, and with them weights that they packed, refer to themselves
         if dit.device.type == "cuda":
             torch.cuda.empty_cache()
         mode = GenerationMode(
