@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.dispatch import using
 from ..runtime.placement.single import SingleDevice
 from ..runtime.systems.codec import StreamCodec
-from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
+from ..runtime.systems.liveavatar import ImmediateDenoiser, LiveAvatarSystem
 from ..runtime.systems.liveavatar_decode import StreamDecoder
 from .captured import captured_block, captured_decoder
 from .harness.run import Bench, Expected, Ready, Work
@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bf16": 1e-1, "fp8": 2.5e-1}
 class BlockCall:
     """Noise [1, C, 3, h, w] -> the frames [3, n, H, W] of a block in the middle of a stream."""
 
-    def __init__(self, case: BlockCase, denoiser: Denoiser, vae: StreamCodec):
+    def __init__(self, case: BlockCase, denoiser: ImmediateDenoiser, vae: StreamCodec):
         self.case, self.denoiser = case, denoiser
         self.decoder = opened_decoder(case, vae)
 

@@ -1,6 +1,7 @@
-"""Where the variant "kinora" comes from: the one place that knows the entry points of the fast path.
+"""Where the variants "kinora" and "batched" come from: the one place that knows the entry points of the fast path.
 
-All are in `runtime.placement`: `captured` makes a whole denoising block one CUDA graph, in place of `single`;
+All are in `runtime.placement`: `captured` makes a whole denoising block one CUDA graph, in place of `single`,
+`batched_steps` the steps of consecutive blocks;
 `captured_vae` makes the VAE's streams such graphs; `engines.CapturedPlacement` lends both to the sessions of an avatar,
 as `load` does on CUDA. Without a GPU each is Unavailable.
 """
@@ -13,12 +14,13 @@ from ..graphs.models.wan_vae import WanVae
 from ..runtime.placement.captured import CapturedBlock
 from ..runtime.placement.captured_vae import CapturedDecoder, CapturedEncoder
 from ..runtime.placement.engines import CapturedPlacement
-from ..runtime.systems.liveavatar import Denoiser, LiveAvatarSystem
+from ..runtime.placement.static_stream import StaticStream
+from ..runtime.systems.liveavatar import ImmediateDenoiser, LiveAvatarSystem
 from ..runtime.systems.liveavatar_mode import GenerationMode
 from .harness.run import Unavailable
 
 
-def captured_block(dit: LiveAvatar, prompt: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> Denoiser:
+def captured_block(dit: LiveAvatar, prompt: Tensor, mode: GenerationMode, grid: tuple[int, int]) -> ImmediateDenoiser:
     """As `SingleDevice(dit, prompt, mode, grid)`, captured."""
     need_gpu("CapturedBlock", dit.device)
     return CapturedBlock(dit, prompt, mode, grid)
@@ -36,10 +38,10 @@ def captured_encoder(vae: WanVae, size: tuple[int, int], latents: int) -> Captur
     return CapturedEncoder(vae, size, latents)
 
 
-def captured_placement(system: LiveAvatarSystem) -> CapturedPlacement:
-    """What `load` gives an avatar on CUDA."""
+def captured_placement(system: LiveAvatarSystem, kind: type[StaticStream]) -> CapturedPlacement:
+    """What `load` gives an avatar on CUDA: with `CapturedBlock`, or with `BatchedSteps` for placement "batched"."""
     need_gpu("CapturedPlacement", system.dit.device)
-    return CapturedPlacement(system)
+    return CapturedPlacement(system, kind)
 
 
 def need_gpu(name: str, device: torch.device) -> None:

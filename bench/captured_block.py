@@ -28,6 +28,7 @@ from ..runtime.placement.batched_steps import BatchedSteps
 from ..runtime.placement.captured import CapturedBlock
 from ..runtime.placement.captured_vae import CapturedDecoder
 from ..runtime.placement.single import SingleDevice
+from ..runtime.placement.static_stream import StaticStream
 from .models import PUBLISHED, PUBLISHED_SIZE, ModelChoice
 from .state import BlockCase, release
 from .variants import running
@@ -54,15 +55,6 @@ class Stages:
     @property
     def seconds(self) -> float:
         return round(self.last - self.started, 1)
-
-
-Advance = Callable[[int], Tensor | None]
-"""Gives block number i to the GPU; what has finished."""
-
-
-def advance(block: CapturedBlock | BatchedSteps, case: BlockCase) -> Advance:
-    push = block.push if isinstance(block, BatchedSteps) else block.denoise
-    return lambda i: push(case.noises[i % 2], case.inputs(i))
 
 
 def time_calls(call: Callable[[int], object], first: int, count: int) -> list[float]:
@@ -93,7 +85,7 @@ def kernels(call: Callable[[int], object], number: int, steps: int, top: int = 2
     ]
 
 
-def condition_again(block: CapturedBlock, case: BlockCase) -> dict[str, Any]:
+def condition_again(block: StaticStream, case: BlockCase) -> dict[str, Any]:
     """Milliseconds of a new condition, what its passes matched, and its kernels."""
     times = time_calls(lambda _: block.condition(case.reference, case.motion), 0, 8)
     return {
@@ -104,7 +96,7 @@ def condition_again(block: CapturedBlock, case: BlockCase) -> dict[str, Any]:
     }
 
 
-def check(case: BlockCase, made: list[torch.Tensor]) -> list[float]:
+def check(case: BlockCase, made: list[Tensor]) -> list[float]:
     """Relative L2 error of the first blocks against the plain steps, bfloat16 caches."""
     plain, errors = SingleDevice(case.dit, case.prompt, case.mode, case.grid), []
     with running("eager", case.dit):
@@ -152,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     case = BlockCase.of(replace(system, mode=replace(system.mode, steps=args.steps)), PUBLISHED_SIZE)
     formats = {"auto": None, "plain": RingFormat(torch.bfloat16)}
     ring = formats[args.ring] if args.ring in formats else RingFormat(torch.bfloat16, args.ring)
-    kind: type[BatchedSteps | CapturedBlock] = BatchedSteps if args.batched else CapturedBlock
+    kind: type[StaticStream] = BatchedSteps if args.batched else CapturedBlock
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     ready = Stages()
@@ -161,14 +153,16 @@ def main(argv: list[str] | None = None) -> int:
     ready.done("static buffers")
     program = block.compile()
     ready.done("trace and passes")
-    if isinstance(block, CapturedBlock):
-        block.prefill.compile()
-        ready.done("trace and passes of the condition")
+    block.prefill.compile()
+    ready.done("trace and passes of the condition")
     block.record()
     ready.done("kernels compiled, graph recorded")
     block.condition(case.reference, case.motion)
     ready.done("condition")
-    run = advance(block, case)
+
+    def run(i: int) -> Tensor | None:
+        return block.denoise(case.noises[i % 2], case.inputs(i))
+
     finished = [run(0)]
     ready.done("first block")
     torch.cuda.empty_cache()
@@ -192,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         "passes": {r.name: r.matches for r in program.reports},
         "kernels_of_a_step": kernels(run, FILL + ahead + 8, args.steps),
     }
-    if isinstance(block, CapturedBlock):
-        report |= condition_again(block, case)
+    report |= condition_again(block, case)
     if args.decode:
         report |= decode_beside(system.vae, case, args.decoded, median, pool)
     torch.cuda.empty_cache()

@@ -40,10 +40,9 @@ def account(stream: StaticStream, *vae: tuple[str, object]) -> list[Part]:
     """What a compiled stream holds, and further things by name (the VAE's streams), every storage once."""
     dit, program, memory = stream.dit, stream.compile(), stream.memory
     memories = [layer for step in memory.layers for layer in step]
-    prefill = stream.prefill if isinstance(stream, CapturedBlock) else None
-    programs = [program] if prefill is None else [program, prefill.compile()]
-    latents = None if prefill is None else [prefill.reference, prefill.motion, prefill.rope]
-    prepared = [getattr(stream, name, None) for name in ("times", "time")] + [prefill and prefill.still]
+    prefill = stream.prefill
+    programs, latents = [program, prefill.compile()], [prefill.reference, prefill.motion, prefill.rope]
+    prepared = [prefill.still, *(getattr(stream, name, None) for name in ("times", "time"))]
     things: list[tuple[str, object]] = [
         ("transformer weights", dit),
         ("what the compiler added", [[*p.module.buffers()] for p in programs]),
@@ -129,7 +128,7 @@ def published(
     if precision == "fp8":
         quantize_linears(dit, granularity="row")
     grid = size[0] // 8, size[1] // 8
-    kind = BatchedSteps if batched else CapturedBlock
+    kind: type[StaticStream] = BatchedSteps if batched else CapturedBlock
     with torch.no_grad():
         stream = kind(dit, torch.zeros(1, LIVEAVATAR_14B.text_dim, device="meta"), STREAM, grid, ring=ring)
         scratch = Scratch()

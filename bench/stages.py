@@ -117,9 +117,13 @@ class TimedDenoiser:
     def __init__(self, denoiser: Denoiser, stages: Stages):
         self._condition = stages.timed("condition", denoiser.condition)
         self._denoise = stages.timed("denoise", denoiser.denoise)
+        self._drain = stages.timed("denoise", denoiser.drain)
 
     def condition(self, reference: Tensor, motion: Tensor) -> None:
         self._condition(reference, motion)
 
-    def denoise(self, x: Tensor, block: BlockInputs) -> Tensor:
+    def denoise(self, x: Tensor, block: BlockInputs) -> Tensor | None:
         return self._denoise(x, block)
+
+    def drain(self) -> list[Tensor]:
+        return self._drain()

@@ -5,6 +5,10 @@ that done ("warm"), as sessions after `Avatar.warm_up` do. A session is opened w
 by block, always in time: the times are of work, not of waiting. Once in a session the condition is made anew
 (`Resink`): that block's time is in the metric `resink_seconds`, not among the steady ones.
 
+`latency_seconds` is from the end of the piece of sound that completes a block to its frames, in the steady state, when
+sound comes as it is spoken: the work of a block, and a block's length (or its work, if that is more) for each piece
+that must come first, because speech features look ahead or, in the variant "batched", several blocks are on their way.
+
 A third session says where the time goes, stage by stage (`stages.py`), in `metrics`: "opening/VAE encode", "first
 block/denoise", "filling block/...", "re-sink block/condition", "steady block/VAE decode", ..., mean seconds of a block.
 ".../other" is what no stage counts, such as the frames' way to the host.
@@ -23,7 +27,10 @@ import torch
 
 from ..runtime.avatar import Avatar
 from ..runtime.placement.base import Placement
+from ..runtime.placement.batched_steps import BatchedSteps
+from ..runtime.placement.captured import CapturedBlock
 from ..runtime.placement.engines import SinglePlacement
+from ..runtime.placement.static_stream import StaticStream
 from ..runtime.systems.liveavatar import LiveAvatarSystem
 from ..runtime.systems.liveavatar_mode import AUDIO_RATE, GenerationMode, Resink
 from .captured import captured_placement
@@ -34,7 +41,8 @@ from .models import ModelChoice
 from .stages import Stages
 from .variants import running
 
-VARIANTS = ("eager", "compiled", "fused", "kinora")
+VARIANTS = ("eager", "compiled", "fused", "kinora", "batched")
+CAPTURED: dict[str, type[StaticStream]] = {"kinora": CapturedBlock, "batched": BatchedSteps}
 STEADY_BLOCKS = 6  # timed in each session after its rolling caches are full
 MOST_SILENT_FEEDS = 50  # blocks of sound without a frame, before something must be wrong
 
@@ -45,9 +53,11 @@ FILLING = "filling block"  # until the rolling caches are full
 
 @dataclass(frozen=True)
 class Run:
-    """One session: seconds by phase, of the opening and of each block."""
+    """One session: seconds by phase, of the opening and of each block; `late`: pieces of sound that followed a block's
+    own before it came out, in the steady state."""
 
     seconds: dict[str, list[float]]
+    late: int
 
     def mean(self, phase: str) -> float:
         return statistics.mean(self.seconds[phase])
@@ -73,13 +83,18 @@ def _measure(bench: Bench, blank: Result, system: LiveAvatarSystem, size: tuple[
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
-    placement = captured_placement(system) if blank.variant == "kinora" else SinglePlacement(system)
+    kind = CAPTURED.get(blank.variant)
+    placement: Placement = SinglePlacement(system) if kind is None else captured_placement(system, kind)
+    ahead = system.mode.steps - 1 if kind is BatchedSteps else 0
     avatar = Avatar(blank.name, system, placement)
     with running_sessions(blank.variant, system), bench.watching() as watch:
-        cold, warm = (_run(avatar, size, seed) for seed in range(2))
-        stages = by_stage(system, placement, size)
-    timing, frames = Timing.of(cold.seconds[STEADY], warm.seconds[STEADY]), system.mode.block_frames
-    metrics = {"fps": frames / timing.seconds}
+        cold, warm = (_run(avatar, size, seed, ahead) for seed in range(2))
+        stages = by_stage(system, placement, size, ahead)
+    timing, mode = Timing.of(cold.seconds[STEADY], warm.seconds[STEADY]), system.mode
+    metrics = {
+        "fps": mode.block_frames / timing.seconds,
+        "latency_seconds": latency(warm.late, timing.seconds, mode.block_frames / mode.fps),
+    }
     for name, run in (("cold", cold), ("warm", warm)):
         metrics[f"opening_seconds_{name}"] = run.mean(OPENING)
         metrics[f"first_frame_seconds_{name}"] = run.mean(FIRST)
@@ -95,19 +110,26 @@ def _measure(bench: Bench, blank: Result, system: LiveAvatarSystem, size: tuple[
 
 @contextmanager
 def running_sessions(variant: str, system: LiveAvatarSystem) -> Iterator[None]:
-    """As `running`; the captured variant needs nothing around it."""
-    if variant == "kinora":
+    """As `running`; the captured variants need nothing around them."""
+    if variant in CAPTURED:
         yield
         return
     with running(variant, system.dit, system.vae):
         yield
 
 
-def by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, int]) -> dict[str, float]:
-    """Mean seconds of every stage of an opening and of a block of every kind, and of what is in no stage."""
+def latency(late: int, work: float, length: float) -> float:
+    """Seconds from a block's last piece of sound to its frames: `late` further pieces of `length` seconds come first;
+    each block takes `work` seconds."""
+    return late * max(work, length) + work
+
+
+def by_stage(system: LiveAvatarSystem, placement: Placement, size: tuple[int, int], ahead: int = 0) -> dict[str, float]:
+    """Mean seconds of every stage of an opening and of a block of every kind, and of what is in no stage; `ahead`: as
+    in `phase_of`."""
     stages = Stages(system.dit.device)
     avatar = Avatar("stages", stages.system(system), stages.placement(placement))
-    run = _run(avatar, size, seed=2, enter=lambda phase: setattr(stages, "phase", phase))
+    run = _run(avatar, size, 2, ahead, enter=lambda phase: setattr(stages, "phase", phase))
     found: dict[str, float] = {}
     for phase in run.seconds:
         inside = {stage: seconds for (within, stage), seconds in stages.seconds.items() if within == phase}
@@ -121,16 +143,19 @@ def filling_blocks(system: LiveAvatarSystem) -> int:
     return (system.mode.cache_latents or system.dit.config.cache_frames) // system.mode.block_latents
 
 
-def phase_of(block: int, mode: GenerationMode, filling: int) -> str:
-    """What a block of a session is; `filling`: blocks that the rolling caches hold."""
+def phase_of(block: int, mode: GenerationMode, filling: int, ahead: int = 0) -> str:
+    """What the block that comes out of a session is; `filling`: blocks that the rolling caches hold; `ahead`: how many
+    blocks later the one is that goes in at the same time, which may be the first under a new condition."""
     if block == 0:
         return FIRST
-    if block == mode.clip_blocks and mode.resink is not Resink.NEVER:
+    if block + ahead == mode.clip_blocks and mode.resink is not Resink.NEVER:
         return RESINK
     return FILLING if block < filling else STEADY
 
 
-def _run(avatar: Avatar, size: tuple[int, int], seed: int, enter: Callable[[str], None] = lambda phase: None) -> Run:
+def _run(
+    avatar: Avatar, size: tuple[int, int], seed: int, ahead: int, enter: Callable[[str], None] = lambda phase: None
+) -> Run:
     """Open a session, fill its caches, time its steady blocks; tells which phase it is about to `enter`.
 
     RuntimeError when no frames come.
@@ -147,8 +172,8 @@ def _run(avatar: Avatar, size: tuple[int, int], seed: int, enter: Callable[[str]
     seconds[OPENING].append(time.perf_counter() - started)
     block, waited = 0, 0.0
     with session:
-        for piece in sound.reshape(-1, samples):
-            phase = phase_of(block, mode, filling)
+        for number, piece in enumerate(sound.reshape(-1, samples)):
+            phase = phase_of(block, mode, filling, ahead)
             enter(phase)
             started = time.perf_counter()
             frames = session.feed(piece)  # returns when the frames are on the CPU
@@ -156,9 +181,9 @@ def _run(avatar: Avatar, size: tuple[int, int], seed: int, enter: Callable[[str]
             if not len(frames):
                 continue
             seconds[phase].append(waited)
-            block, waited = block + 1, 0.0
             if len(seconds[STEADY]) == STEADY_BLOCKS:
-                return Run(dict(seconds))
+                return Run(dict(seconds), number - block)
+            block, waited = block + 1, 0.0
     raise RuntimeError(f"{len(sound) / AUDIO_RATE:.0f} s of sound gave only {block} blocks")
 
 

@@ -6,6 +6,7 @@ keep nothing in it between replays: results belong in buffers that were allocate
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,15 +67,16 @@ def _record_here(
 
 
 class Replay:
-    """Calls `function()`, which reads and writes static tensors only; on a GPU records it at the first call.
+    """Calls `method()`, which reads and writes static tensors only; on a GPU records it at the first call.
 
-    The function must do the same launches every time, and must not change what it reads other than idempotently: it
-    runs `WARM_UP` times before it is recorded. Where recording is impossible (no GPU, or an operation that a graph
-    cannot hold) every call runs the function; a warning then says why.
+    `method` is bound to the object that owns this replay, which does not keep it alive: without a cycle of references
+    its buffers are freed with the last one. It must do the same launches every time, and must not change what it reads
+    other than idempotently: it runs `WARM_UP` times before it is recorded. Where recording is impossible (no GPU, or an
+    operation that a graph cannot hold) every call runs it; a warning then says why.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, pool: Pool | None = None):
-        self.function = function
+    def __init__(self, method: Callable[[], None], device: torch.device, pool: Pool | None = None):
+        self.method = weakref.WeakMethod(method)
         self.device = device
         self.pool = pool
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -83,16 +85,21 @@ class Replay:
     def __call__(self) -> None:
         self.record()
         if self.graph is None:
-            self.function()
+            self._function()
         else:
             self.graph.replay()
+
+    def _function(self) -> None:
+        method = self.method()
+        assert method is not None, "the owner of this replay is gone"
+        method()
 
     def record(self) -> None:
         """Record now, if that is possible here and was not done."""
         if not self.captured or self.graph is not None:
             return
         try:
-            self.graph = record(self.function, self.device, pool=self.pool)
+            self.graph = record(self._function, self.device, pool=self.pool)
         except torch.OutOfMemoryError:
             raise  # the function itself would not fit either
         except RuntimeError as error:

@@ -22,7 +22,7 @@ MODELS = {
     "liveavatar-14b": "LiveAvatar on Wan2.2-S2V-14B; pass checkpoint=FOLDER",
 }
 PRECISIONS = ("float32", "bfloat16", "fp8")
-PLACEMENTS = ("auto", "single", "captured")
+PLACEMENTS = ("auto", "single", "captured", "batched")
 
 
 def load(
@@ -40,8 +40,10 @@ def load(
     - `precision`: "float32", "bfloat16", or "fp8": bfloat16 with the transformer's linear layers in e4m3, a scale a
       token and an output channel (`graphs.quantize` says which stay). "auto" is float32 for small models and bfloat16
       for the published ones.
-    - `placement`: "single" (the plain steps on one device) or "captured" (compiled, on a GPU as CUDA graphs; the first
-      session of a size pays for that, see `Avatar.warm_up`); "auto" is captured on CUDA and single elsewhere.
+    - `placement`: "single" (the plain steps on one device), "captured" (compiled, on a GPU as CUDA graphs; the first
+      session of a size pays for that, see `Avatar.warm_up`), or "batched" (captured, the time-steps of consecutive
+      blocks in one forward: the same video with more frames a second, each of which comes `steps - 1` blocks later);
+      "auto" is captured on CUDA and single elsewhere.
     - `device`: "cpu" or "cuda" (the current device); "auto" takes CUDA where there is one.
 
     Errors: InputError for an unknown name or option (with what there is), CheckpointError for missing files or
@@ -87,6 +89,8 @@ def _avatar(name: str, system: "LiveAvatarSystem", precision: str, placement: st
 
     from ..graphs.quantize import quantize_linears
     from .avatar import Avatar
+    from .placement.batched_steps import BatchedSteps
+    from .placement.captured import CapturedBlock
     from .placement.engines import CapturedPlacement, SinglePlacement
 
     dit, on_gpu = system.dit, system.dit.device.type == "cuda"
@@ -95,10 +99,13 @@ def _avatar(name: str, system: "LiveAvatarSystem", precision: str, placement: st
         if on_gpu:
             torch.cuda.empty_cache()  # the bfloat16 weights' memory
     windowed = dit.config.local_attn_size != -1  # which a static ring does not have
-    if placement == "captured" and windowed:
+    if placement in ("captured", "batched") and windowed:
         raise InputError(f"{name} has a local attention window, which cannot be captured; use placement='single'")
-    captured = placement == "captured" or (placement == "auto" and on_gpu and not windowed)
-    return Avatar(name, system, CapturedPlacement(system) if captured else SinglePlacement(system))
+    if placement == "auto":
+        placement = "captured" if on_gpu and not windowed else "single"
+    if placement == "single":
+        return Avatar(name, system, SinglePlacement(system))
+    return Avatar(name, system, CapturedPlacement(system, BatchedSteps if placement == "batched" else CapturedBlock))
 
 
 def _names() -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -82,6 +83,8 @@ class Session:
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """Mono sound, float32 [n] at 16 kHz (any n) -> the new frames, uint8 RGB [T, H, W, 3], T may be 0.
 
+        With placement "batched" a block's frames come when `steps - 1` later blocks have been heard.
+
         Errors: InputError for another shape or type, for NaN or infinite samples, and after `finish` or `close`.
         """
         self._check_open()
@@ -97,7 +100,11 @@ class Session:
         wanted = mode.blocks_for(total) * mode.block_frames - mode.lead_frames
         silence = torch.zeros(max(wanted * mode.samples_per_frame - self._samples, 0))
         made = self._frames
-        last = [self._run(self._features.push, silence), self._run(lambda _: self._features.finish(), silence)]
+        last = [
+            self._run(self._features.push, silence),
+            self._run(lambda _: self._features.finish(), silence),
+            self._drain(),
+        ]
         self._frames = min(self._frames, total)
         return np.concatenate(last)[: total - made]
 
@@ -121,19 +128,33 @@ class Session:
 
     @torch.inference_mode()
     def _run(self, extract: Callable[[Tensor], Tensor], samples: Tensor) -> np.ndarray:
-        """Features of `samples` -> frames of the blocks that are now complete."""
+        """Features of `samples` -> frames of the blocks that are finished now."""
         started = time.perf_counter()
-        assert self._blocks is not None and self._engine is not None
+        assert self._blocks is not None
         self._pending = torch.cat((self._pending, extract(samples)), -1)
-        frames, step = list[np.ndarray](), self.mode.block_frames
+        frames, step = [np.empty((0, *self.size, 3), np.uint8)], self.mode.block_frames
         while self._pending.shape[-1] >= step:
-            with self._engine.turn:
-                _, shown = self._blocks.next(self._pending[None, ..., :step])
-                frames.append(frames_to_bytes(shown).cpu().numpy())
+            features = self._pending[None, ..., :step]
+            frames.append(self._show(partial(self._blocks.next, features), started))
             self._pending = self._pending[..., step:].clone()
-            self._frames += len(frames[-1])
-            if self._first_frame is None and self._frames:
-                self._first_frame = self._opening + self._working + time.perf_counter() - started
-        made = frames[0] if len(frames) == 1 else np.concatenate((np.empty((0, *self.size, 3), np.uint8), *frames))
         self._working += time.perf_counter() - started
-        return made
+        return frames[1] if len(frames) == 2 else np.concatenate(frames)
+
+    @torch.inference_mode()
+    def _drain(self) -> np.ndarray:
+        """Frames of the blocks that are still on their way."""
+        started = time.perf_counter()
+        assert self._blocks is not None
+        frames = self._show(self._blocks.finish, started)
+        self._working += time.perf_counter() - started
+        return frames
+
+    def _show(self, make: Callable[[], tuple[Tensor, Tensor]], started: float) -> np.ndarray:
+        """Frames of what `make` gives, on the host; the work that they are part of began at `started`."""
+        assert self._engine is not None
+        with self._engine.turn:
+            frames = frames_to_bytes(make()[1]).cpu().numpy()
+        self._frames += len(frames)
+        if self._first_frame is None and self._frames:
+            self._first_frame = self._opening + self._working + time.perf_counter() - started
+        return frames

@@ -49,3 +49,9 @@ def write_model(folder: Path) -> Path:
 def sound(seconds: float, seed: int = 1) -> np.ndarray:
     generator = np.random.default_rng(seed)
     return (0.2 * generator.standard_normal(round(seconds * RATE))).astype(np.float32)
+
+
+def same_frames(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Equal but for values at the border of two bytes."""
+    difference = np.abs(found.astype(int) - wanted)
+    return found.shape == wanted.shape and difference.max() <= 1 and difference.mean() < 1e-3

@@ -18,14 +18,15 @@ from kinora.bench import step as step_module
 from kinora.bench.commands import main
 from kinora.bench.harness.report import Report
 from kinora.bench.harness.run import Unavailable
-from kinora.bench.stream import by_stage, filling_blocks, phase_of
+from kinora.bench.stream import by_stage, filling_blocks, latency, phase_of
 from kinora.bench.variants import compiled, running
 from kinora.bench.work import decode_flops, step_flops
 from kinora.graphs.models.liveavatar import LIVEAVATAR_14B
 from kinora.graphs.models.wan_vae import WAN21_VAE
 from kinora.runtime import load
 from kinora.runtime.cli import main as kinora
-from kinora.runtime.placement.engines import SinglePlacement
+from kinora.runtime.placement.batched_steps import BatchedSteps
+from kinora.runtime.placement.engines import CapturedPlacement, SinglePlacement
 from kinora.runtime.systems.liveavatar_mode import STREAM, Resink
 from small_model import write_model
 from torch import nn
@@ -152,10 +153,13 @@ def test_block(model: str, tmp_path: Path) -> None:
 
 def test_stream(model: str, tmp_path: Path) -> None:
     out = tmp_path / "stream.json"
-    assert main(["stream", "--model", model, "--variant", "eager,kinora", "--device", "cpu", "-o", str(out)]) == 0
-    eager, captured = Report.load(out).results
-    assert captured.status == "unavailable"
+    assert (
+        main(["stream", "--model", model, "--variant", "eager,kinora,batched", "--device", "cpu", "-o", str(out)]) == 0
+    )
+    eager, *captured = Report.load(out).results
+    assert [result.status for result in captured] == ["unavailable"] * 2
     assert eager.seconds and eager.samples == 12 and math.isclose(eager.metrics["fps"], 12 / eager.seconds)
+    assert eager.metrics["latency_seconds"] >= eager.seconds
     for what in ("opening", "first_frame"):
         assert eager.metrics[f"{what}_seconds_cold"] > 0 and eager.metrics[f"{what}_seconds_warm"] > 0
     for stage in ("opening/VAE encode", "opening/condition", "first block/denoise", "first block/audio features"):
@@ -184,6 +188,23 @@ def test_the_block_of_the_resink_is_none_of_the_steady_ones(model: str) -> None:
     assert phases == ["first block", *["filling block"] * (filling - 1), *filled]
 
 
+def test_a_batched_session_has_its_phases_where_blocks_go_in(model: str) -> None:
+    """The block that comes out is three behind the one that goes in, with which the condition is made anew."""
+    system = load(model, device="cpu").system
+    system = replace(system, mode=replace(system.mode, resink=Resink.REFERENCE, clip_blocks=5))
+    metrics = by_stage(system, CapturedPlacement(system, BatchedSteps), (64, 64), ahead=system.mode.steps - 1)
+    assert metrics["re-sink block/condition"] > 0 and metrics["opening/condition"] > 0
+    assert not {"first block/condition", "filling block/condition", "steady block/condition"} & metrics.keys()
+    phases = [phase_of(block, system.mode, 4, ahead=3) for block in range(6)]
+    assert phases == ["first block", "filling block", "re-sink block", "filling block", "steady block", "steady block"]
+
+
+def test_latency_counts_the_sound_that_must_come_first() -> None:
+    assert latency(0, 0.4, 0.48) == 0.4
+    assert math.isclose(latency(3, 0.4, 0.48), 3 * 0.48 + 0.4)
+    assert math.isclose(latency(3, 0.5, 0.48), 4 * 0.5)
+
+
 @pytest.mark.parametrize(
     "command", ["step", *(pytest.param(c, marks=pytest.mark.slow) for c in ("block", "vae", "stream"))]
 )
@@ -194,7 +215,8 @@ def test_the_captured_variant_is_right(
     monkeypatch.setattr("kinora.bench.captured.need_gpu", lambda *_: None)
     out = tmp_path / "captured.json"
     fast = [*FAST, "--no-plot"] if command != "stream" else ["--device", "cpu"]
-    assert main([command, "--model", model, "--variant", "kinora", "-o", str(out), *fast]) == 0
+    variants = "kinora,batched" if command == "stream" else "kinora"
+    assert main([command, "--model", model, "--variant", variants, "-o", str(out), *fast]) == 0
     for result in Report.load(out).results:
         assert result.status == "ok" and result.seconds
 

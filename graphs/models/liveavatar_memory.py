@@ -84,6 +84,10 @@ class PlainMemory:
         rotate_rows_into(k, rope, kept_k)
         kept_v.copy_(v)
 
+    def of_condition(self) -> list[Tensor]:
+        """Everything that follows from the condition."""
+        return [*self.cache.condition, self.reference]
+
     def clear(self) -> None:
         """Forget: what an earlier stream left could hold NaN, which a masked row would still hand on."""
         for ring in self.cache.ring:
@@ -131,6 +135,11 @@ class Fp8Memory:
     def store_condition(self, k: Tensor, v: Tensor, rope: Tensor) -> None:
         """As `PlainMemory.store_condition`."""
         self.condition.store_condition(k, v, rope, self.scale_k)
+
+    def of_condition(self) -> list[Tensor]:
+        """As `PlainMemory.of_condition`."""
+        kept = [self.condition.k8, self.condition.v, self.reference]
+        return kept if self.condition.v_descale is None else [*kept, self.condition.v_descale]
 
     def clear(self) -> None:
         """Forget, as `PlainMemory.clear`; of the keys nothing beyond the valid rows counts."""
@@ -197,6 +206,10 @@ class JoinedFp8Memory:
         rows = self.scales.numel() - ROWS_AT
         self.scales.copy_(joined_scales(self.scale_q[:1], self.scale_k[:1], one, one * (HEADROOM / 4), rows))
         rotate_rows_into(v, None, kept_v, self.scale_v)
+
+    def of_condition(self) -> list[Tensor]:
+        """As `PlainMemory.of_condition`; the scales that the stream's first one set are part of it."""
+        return [*self.cache.condition, self.reference, self.scale_v, self.scales]
 
     def clear(self) -> None:
         for ring in self.cache.ring:
@@ -301,17 +314,24 @@ class StreamMemory:
                 layers[step].append(Fp8Memory(own, condition, reference, *place, *scales))
         return cls(layers, ropes, own_conditions)
 
-    def store(self, layer: int, kept: KeyValue, rope: Tensor, step: int | None = None) -> None:
+    def store(self, layer: int, kept: KeyValue, rope: Tensor) -> None:
         """Take in a layer's condition: keys before rotation and values [1, C, H, d] of a prefill, and the table `rope`
-        with the reference where an unshifted stream has it. For one step (with its own condition), or for all."""
-        own = [[memories[layer]] for memories in self.layers] if self.own_conditions else [self.sharing(layer)]
-        for memories in own if step is None else own[step : step + 1]:
-            store_condition(memories, kept, rope)
+        with the reference where an unshifted stream has it. With `own_conditions` it reaches the first step only."""
+        store_condition(self.receiving(layer), kept, rope)
 
-    def sharing(self, layer: int) -> list[LayerMemory]:
-        """The memories of a layer to which `store_condition` hands a condition that all steps share."""
+    def receiving(self, layer: int) -> list[LayerMemory]:
+        """The memories of a layer to which `store_condition` hands a condition."""
         memories = [step[layer] for step in self.layers]
-        return memories[:1] if isinstance(memories[0], Fp8Memory) else memories  # there the condition is one segment
+        first_only = self.own_conditions or isinstance(memories[0], Fp8Memory)  # there the condition is one segment
+        return memories[:1] if first_only else memories
+
+    def hand_on(self, step: int) -> None:
+        """Give the condition of a step, where each has its own, to the next one too."""
+        if not self.own_conditions:
+            raise ValueError("all steps of this memory share one condition; allocate it with own_conditions")
+        for memory, after in zip(self.layers[step], self.layers[step + 1], strict=True):
+            for made, own in zip(memory.of_condition(), after.of_condition(), strict=True):
+                own.copy_(made)
 
     def clear(self) -> None:
         """Forget all blocks, for a new stream."""

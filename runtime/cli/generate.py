@@ -31,7 +31,11 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8.")] = "auto",
     placement: Annotated[
-        str, typer.Option(help="single: plain steps; captured: compiled, on a GPU as CUDA graphs; auto.")
+        str,
+        typer.Option(
+            help="single: plain steps; captured: compiled, on a GPU as CUDA graphs; batched: captured, several blocks "
+            "at once; auto."
+        ),
     ] = "auto",
     allow_silence: Annotated[bool, typer.Option("--allow-silence", help="Go on when the sound is silent.")] = False,
     overwrite: Overwrite = False,

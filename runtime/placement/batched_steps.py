@@ -6,124 +6,97 @@ multiply as many tokens at once as there are steps; each sample attends its own 
 of the steps one after another; a block comes out as many ticks after it went in as there are steps, less one.
 """
 
-from collections import deque
-
 import torch
 from torch import Tensor
 
-from ...graphs.capture import Pool
-from ...graphs.models.liveavatar import ConditionCache, LiveAvatar
-from ...graphs.models.liveavatar_memory import BatchedMemory, Position, RingFormat
+from ...graphs.models.liveavatar_memory import BatchedMemory, Position
 from ...graphs.rewrite.program import Prepared, Program
-from ...graphs.rewrite.recipe import Recipe
 from ..samplers import euler_step
-from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
-from .static_stream import DEFAULT, BlockShape, StaticStream
+from .static_stream import StaticStream
 
 
 class BatchedSteps(StaticStream):
-    """One graph a tick: sample k takes step k of the block that entered k ticks ago. Arguments as `CapturedBlock`.
+    """One graph a tick: sample k takes step k of the block that entered k ticks ago.
 
     Every step has a condition of its own, because a new one reaches the steps one tick after another: three times the
-    condition (3.3 GB of e4m3 at 14B, 704x384) and its reference rows more than `CapturedBlock` takes.
+    condition (3.3 GB of e4m3 at 14B, 704x384) and its reference rows more than `CapturedBlock` takes. A step that no
+    block has reached, or that the last one has left (`drain`), computes what is never attended: it writes where its
+    next block writes before it reads.
     """
 
     own_conditions = True
     time: Prepared
     memories: Prepared
 
-    def __init__(
-        self,
-        dit: LiveAvatar,
-        context: Tensor,
-        mode: GenerationMode,
-        grid: tuple[int, int],
-        recipe: Recipe = DEFAULT,
-        ring: RingFormat | None = None,
-        shape: BlockShape | None = None,
-        pool: Pool | None = None,
-    ):
-        self.batch = mode.steps
-        super().__init__(dit, context, mode, grid, recipe, ring, shape, pool)
-        self.sigma, self.sigma_next = (s.view(-1, 1, 1, 1, 1) for s in (self.sigmas[:-1], self.sigmas[1:]))
-        self._forget()
+    @property
+    def batch(self) -> int:
+        return self.mode.steps
 
     def _forget(self) -> None:
-        self.entered: deque[BlockInputs] = deque(maxlen=self.batch)  # the newest first
-        self.ticks = 0
-        self.conditions: deque[tuple[int, ConditionCache]] = deque()  # from which tick of entry on
-        self.static.out.zero_()  # what goes on from here to samples that no block has reached must be finite
-
-    def begin(self, context: Tensor) -> None:
-        super().begin(context)
-        self._forget()
+        super()._forget()
+        self.newest: BlockInputs | None = None  # that has entered
+        self.on_their_way: list[BlockInputs | None] = [None] * (self.batch - 1)  # newest first; None: a gap
+        self.reached: list[int] = []  # the last step that each condition has reached, unless all; oldest first
+        self.static.out.zero_()  # what moves on from here to samples that no block has reached must be finite
 
     @torch.no_grad()
     def condition(self, reference: Tensor, motion: Tensor) -> None:
-        """Replace the condition for the blocks that enter from now on; latents as `CapturedBlock.condition`."""
-        dtype = self.dit.dtype
-        cache = self.dit.prefill(reference.to(dtype), motion.to(dtype), self.text)
-        self.conditions.append((self.ticks, cache))
+        """As `StaticStream.condition`; blocks on their way keep the condition under which they entered."""
+        super().condition(reference, motion)
+        if self.batch > 1 and 0 not in self.reached:
+            self.reached.append(0)
 
     @torch.no_grad()
-    def push(self, x: Tensor, block: BlockInputs) -> Tensor | None:
+    def denoise(self, x: Tensor, block: BlockInputs) -> Tensor | None:
         """Noise [1, 16, block latents, h, w] of the next block in -> the latents of the block that has finished, None
         while the first ones are on their way. Blocks must follow each other; ValueError otherwise."""
-        if not self.conditions and not self.ticks:
-            raise RuntimeError("there is no condition yet; call condition() before the first block")
-        if self.entered and block.index != self.entered[0].index + 1:
-            raise ValueError(f"block {block.index} cannot follow block {self.entered[0].index}; begin a new stream")
-        if self.entered and block.actor_mask is not self.entered[0].actor_mask:
-            raise ValueError("this block has another actor mask than those under way; begin a new stream")
-        self.static.x[1:].copy_(self.static.out[:-1])  # before `fill`: one step further each
-        self.static.fill(0, x, block)
-        for sample in range(1, self.batch):  # those that have not entered yet compute what is never attended
-            known = self.entered[sample - 1] if sample <= len(self.entered) else None
-            self._carry(sample, known, block.index - sample)
-        self.entered.appendleft(block)
-        return self._tick()
+        self._check_conditioned()
+        last = self.newest
+        if last is not None and block.index != last.index + 1:
+            raise ValueError(f"block {block.index} cannot follow block {last.index}; begin a new stream")
+        if any(other is not None and other.actor_mask is not block.actor_mask for other in self.on_their_way):
+            raise ValueError("this block has another actor mask than those on their way; drain() them first")
+        self.static.fill(x, block)
+        self.newest = block
+        return self._tick(block)
 
     @torch.no_grad()
     def drain(self) -> list[Tensor]:
-        """The latents of the blocks that are still on their way, oldest first; the stream is over afterwards."""
-        last, found = (self.entered[0] if self.entered else None), []
-        blank = torch.zeros_like(self.static.x[:1])
-        for _ in range(self.batch - 1 if last is not None else 0):
-            assert last is not None
-            last = BlockInputs(last.index + 1, last.audio, last.distances, last.pose, last.actor_mask)
-            made = self.push(blank, last)
+        """The latents of the blocks that are still on their way, oldest first; further blocks may follow."""
+        found = []
+        while any(block is not None for block in self.on_their_way):
+            self.static.move_on()
+            made = self._tick(None)
             if made is not None:
                 found.append(made)
         return found
 
-    def _carry(self, sample: int, block: BlockInputs | None, index: int) -> None:
-        """Audio, place and pose of a block that is under way, where its step now is."""
-        static = self.static
-        static.block[sample].fill_(index)
-        if block is not None:
-            static.audio[sample].copy_(block.audio)
-            if static.pose is not None and block.pose is not None:
-                static.pose[sample].copy_(block.pose[0])
-
-    def _tick(self) -> Tensor | None:
-        self._hand_on_conditions()
-        own = [block.distances[step] for step, block in enumerate(self.entered)]
-        self.static.distances.copy_(torch.tensor(own + [0] * (self.batch - len(own))))
+    def _tick(self, entered: BlockInputs | None) -> Tensor | None:
+        """Every step once -> the latents of the block that has taken its last one."""
+        by_step = [entered, *self.on_their_way]
+        self._find_places(by_step)
         self.compile()
         self.replay()
-        self.ticks += 1
-        return self.static.out[-1:].clone() if self.ticks >= self.batch else None
+        self._hand_on_conditions()
+        *self.on_their_way, finished = by_step
+        return None if finished is None else self.static.out[-1:].clone()
+
+    def _find_places(self, by_step: list[BlockInputs | None]) -> None:
+        """Number and reference distance of the block at each step; a gap stands where its step's next block will."""
+        assert self.newest is not None
+        distances, number = [0] * self.batch, self.newest.index + 1
+        for step, block in enumerate(by_step):
+            if block is not None:
+                number, distances[step] = block.index, block.distances[step]
+            self.static.block[step].fill_(number)
+        self.static.distances.copy_(torch.tensor(distances))
 
     def _hand_on_conditions(self) -> None:
-        """A condition reaches step k together with the first block that entered under it."""
-        for entered, cache in list(self.conditions):
-            step = self.ticks - entered
-            rope = cache.rope(0)
-            for layer, kept in enumerate(cache.layers):
-                self.memory.store(layer, kept, rope, step)
-            if step == self.batch - 1:
-                self.conditions.popleft()
+        """A condition reaches step k together with the first block that entered under it: here, for the next tick."""
+        for step in self.reached:
+            self.memory.hand_on(step)
+        self.reached = [step + 1 for step in self.reached if step + 2 < self.batch]
 
     def _places(self) -> list[Position]:
         return [Position.zero(self.dit.device) for _ in range(self.batch)]
@@ -156,4 +129,5 @@ class BatchedSteps(StaticStream):
             cond_states=static.pose,
             mask=static.mask,
         )
-        static.out.copy_(euler_step(static.x, flow, self.sigma, self.sigma_next))
+        sigma, sigma_next = (s.view(-1, 1, 1, 1, 1) for s in (self.sigmas[:-1], self.sigmas[1:]))
+        static.out.copy_(euler_step(static.x, flow, sigma, sigma_next))

@@ -8,72 +8,33 @@ tables) is computed inside the graph.
 import torch
 from torch import Tensor
 
-from ...graphs.capture import Pool
-from ...graphs.models.liveavatar import LiveAvatar
-from ...graphs.models.liveavatar_memory import Position, RingFormat
+from ...graphs.models.liveavatar_memory import Position
 from ...graphs.rewrite.program import Prepared, Program
-from ...graphs.rewrite.recipe import Recipe
 from ..samplers import euler_step
-from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
-from .captured_prefill import CapturedPrefill
-from .static_stream import DEFAULT, BlockShape, StaticStream
+from .static_stream import StaticStream
 
 
 class CapturedBlock(StaticStream):
-    """LiveAvatar's steps over static memories; the arguments of `SingleDevice`, then those of `StaticStream`.
+    """LiveAvatar's steps one after another over static memories; every block is finished when `denoise` returns."""
 
-    On a CPU the same program runs call by call.
-    """
-
-    conditioned = False
+    batch = 1
     times: list[Prepared]  # the noise level of each step
     memories: list[Prepared]  # likewise
-
-    def __init__(
-        self,
-        dit: LiveAvatar,
-        context: Tensor,
-        mode: GenerationMode,
-        grid: tuple[int, int],
-        recipe: Recipe = DEFAULT,
-        ring: RingFormat | None = None,
-        shape: BlockShape | None = None,
-        pool: Pool | None = None,
-    ):
-        super().__init__(dit, context, mode, grid, recipe, ring, shape, pool)
-        self.prefill = CapturedPrefill(dit, self.text, self.memory, grid, recipe, self.packed, pool)
-
-    def begin(self, context: Tensor) -> None:
-        super().begin(context)
-        self.conditioned = False
-
-    @torch.no_grad()
-    def record(self) -> None:
-        super().record()  # first: it takes the most of the working memory that both share
-        self.prefill.record()
-        self.memory.clear()  # the warm-up's condition has set scales
-        self.conditioned = False
-
-    @torch.no_grad()
-    def condition(self, reference: Tensor, motion: Tensor) -> None:
-        """Replace the condition: reference latent [1, 16, 1, h, w], motion latents [1, 16, T, h, w].
-
-        ValueError for latents of another size than the stream's.
-        """
-        self.prefill(reference, motion)
-        self.conditioned = True
 
     @torch.no_grad()
     def denoise(self, x: Tensor, block: BlockInputs) -> Tensor:
         """Latents [1, 16, block latents, h, w] at the first step's noise level -> after the last step."""
-        if not self.conditioned:
-            raise RuntimeError("there is no condition yet; call condition() before the first block")
-        self.static.fill(0, x, block)
+        self._check_conditioned()
+        self.static.fill(x, block)
         self.static.distances.copy_(torch.tensor(block.distances))
         self.compile()
         self.replay()
         return self.static.out.clone()
+
+    def drain(self) -> list[Tensor]:
+        """There is nothing on its way."""
+        return []
 
     def _places(self) -> list[Position]:
         return [Position.zero(self.dit.device)] * self.mode.steps  # they all write the same block

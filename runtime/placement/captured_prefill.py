@@ -17,7 +17,8 @@ from ...graphs.rewrite.recipe import Recipe, apply
 
 
 class CapturedPrefill:
-    """`LiveAvatar.prefill_layers` from static latents into the memories of all steps, which share the condition.
+    """`LiveAvatar.prefill_layers` from static latents into the memories of all steps that share the condition, or of
+    the first step where each has its own (`StreamMemory.receiving`).
 
     `grid`: latent (rows, columns); `text`: the prompt's keys and values, read where they lie; `packed`: quantised
     weights by name, shared with other programs of the model (`rewrite.recipe.apply`). On a CPU the program runs call by
@@ -71,7 +72,7 @@ class CapturedPrefill:
         """The rewritten prefill with its reports, without running it; works on the meta device too."""
         if self.program is None:
             dit = self.dit
-            memories = [self.memory.sharing(layer) for layer in range(len(dit.layers))]
+            memories = [self.memory.receiving(layer) for layer in range(len(dit.layers))]
             still = dit.embed_time(torch.zeros(1, 1, device=dit.device))
             tokens = self._tokens()
             self.program = apply(

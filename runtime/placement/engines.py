@@ -18,6 +18,7 @@ from .captured import CapturedBlock
 from .captured_vae import CapturedDecoder, CapturedEncoder, CapturedVae
 from .pool import IdlePool
 from .single import SingleDevice
+from .static_stream import StaticStream
 
 IDLE_ENGINES = (
     1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB (docs/performance.md)
@@ -69,10 +70,10 @@ class EngineKey:
 
 @dataclass
 class CapturedEngine:
-    """A captured block and decoder with their static buffers, lent to one session at a time."""
+    """Captured steps and decoder with their static buffers, lent to one session at a time."""
 
     vae: CapturedVae
-    denoiser: CapturedBlock
+    denoiser: StaticStream
     turn: AbstractContextManager[object]
     key: EngineKey
     pool: IdlePool[EngineKey, "CapturedEngine"]
@@ -84,7 +85,7 @@ class CapturedEngine:
 
 class CapturedPlacement:
     """A block's steps as one CUDA graph, the VAE's streams and a `CapturableSpeech` as others; on a CPU the same
-    programs, call by call.
+    programs, call by call. `kind`: `CapturedBlock`, or `BatchedSteps` for throughput.
 
     Engines are compiled once for each `EngineKey` and used again; a session with another key than the idle ones has its
     own compiled when it opens. Sessions that are open at the same time have an engine each. At most `IDLE_ENGINES` (or
@@ -93,8 +94,9 @@ class CapturedPlacement:
     is a lock that a session holds while it works.
     """
 
-    def __init__(self, system: LiveAvatarSystem):
+    def __init__(self, system: LiveAvatarSystem, kind: type[StaticStream] = CapturedBlock):
         self.system = system
+        self.kind = kind
         self.turn: AbstractContextManager[object] = threading.RLock()
         self.memory = shared_pool(system.dit.device)
         self.engines: IdlePool[EngineKey, CapturedEngine] = IdlePool(self._build, IDLE_ENGINES)
@@ -125,7 +127,7 @@ class CapturedPlacement:
 
     def _build(self, key: EngineKey) -> CapturedEngine:
         dit, vae = self.system.dit, self.system.vae
-        gc.collect()  # an engine that made room refers to itself, and would keep its memory
+        gc.collect()  # graphs of programs, and with them weights that they packed, refer to themselves
         if dit.device.type == "cuda":
             torch.cuda.empty_cache()
         mode = GenerationMode(
@@ -135,13 +137,13 @@ class CapturedPlacement:
             cache_latents=key.cache_latents,
         )
         blank = torch.zeros(1, dit.config.text_dim)
-        block = CapturedBlock(dit, blank, mode, key.grid, pool=self.memory)
-        block.record()
+        steps = self.kind(dit, blank, mode, key.grid, pool=self.memory)
+        steps.record()
         latents, scratch = dit.config.num_frames_per_block, self._scratch(key.grid)
         decoder = CapturedDecoder(vae, key.grid, latents, self.memory, scratch)
         if dit.device.type == "cuda":
             torch.cuda.empty_cache()  # what the warm-up took on a stream of its own
-        return CapturedEngine(CapturedVae(vae.config, decoder, self._encode), block, self.turn, key, self.engines)
+        return CapturedEngine(CapturedVae(vae.config, decoder, self._encode), steps, self.turn, key, self.engines)
 
     def _encode(self, video: Tensor) -> Tensor:
         """`WanVae.encode` on an encoder that the sessions share."""

@@ -27,6 +27,7 @@ from ...kernels import attention_joined
 from ...kernels.qk_rows import HEAD_DIMS
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
+from .captured_prefill import CapturedPrefill
 
 FP8_HEAD_DIMS = HEAD_DIMS[1:]  # of `attention_fp8`
 DEFAULT = Recipe(expect=("concatenate", "fuse"))
@@ -76,10 +77,10 @@ class StaticInputs:
             torch.zeros(latents, dtype=dit.dtype, device=device),
         )
 
-    def fill(self, sample: int, x: Tensor, block: BlockInputs) -> None:
-        """Take in what belongs to one sample: latents, audio, number of the block, pose. ValueError for other shapes.
+    def fill(self, x: Tensor, block: BlockInputs) -> None:
+        """Take in the next block as sample 0: latents, audio, number of the block, pose; blocks that are there move on.
 
-        The mask is that of all samples.
+        The mask is that of all samples. ValueError for other shapes.
         """
         mask = None if block.actor_mask is None else block.actor_mask[:, : x.shape[2]].flatten(1)
         given = {"latents": x[0], "audio": block.audio, "pose": block.pose, "actor mask": mask}
@@ -88,26 +89,35 @@ class StaticInputs:
             found, wanted = (None if t is None else tuple(t.shape[-4:]) for t in (given[name], tensor))
             if found != wanted:
                 raise ValueError(f"this block has {name} {found}, the stream was made for {wanted}; open a new stream")
-        self.x[sample].copy_(x[0])
-        self.audio[sample].copy_(block.audio)
-        self.block[sample].fill_(block.index)
+        self.move_on()
+        self.x[0].copy_(x[0])
+        self.audio[0].copy_(block.audio)
+        self.block[0].fill_(block.index)
         if self.pose is not None and block.pose is not None:
-            self.pose[sample].copy_(block.pose[0])
+            self.pose[0].copy_(block.pose[0])
         if self.mask is not None and mask is not None:
             self.mask.copy_(mask)
 
+    def move_on(self) -> None:
+        """Every block one sample further: its latents as they came out, its audio, its pose; the last one leaves."""
+        self.x[1:].copy_(self.out[:-1])
+        for own in (self.audio, self.pose):
+            if own is not None and len(own) > 1:
+                own[1:].copy_(own[:-1].clone())
+
 
 class StaticStream(ABC):
-    """A stream of blocks over static buffers; subclasses say what one replay does (`_run`).
+    """A `systems.liveavatar.Denoiser` over static buffers; subclasses say what one replay does (`_run`).
 
     `context` [n, text_dim]: prompt rows; `grid`: latent (rows, columns); `recipe`: what the compiler does; `ring`: how
     the caches are kept, None for e4m3 in a model with FP8 layers and heads of 32, 64 or 128, and the model's dtype in
     others; `shape`: the kind of blocks; `pool`: working memory shared with other graphs. The projections of `dit` are
     joined in place (same names, same values), so that the compiler's joined weights take no memory of their own.
+    On a CPU the programs run call by call.
     Errors: ValueError for a model with a local attention window, which a static ring does not have.
     """
 
-    batch = 1
+    own_conditions = False  # each step keeps the condition for itself
 
     @torch.no_grad()
     def __init__(
@@ -142,8 +152,24 @@ class StaticStream(ABC):
         self.packed: dict[str, tuple[Tensor, Tensor]] = {}  # weights that the recipe quantised, for all programs
         self.text_inputs = Prepared([])
         self.replay = Replay(self._run, dit.device, pool)
+        self.prefill = CapturedPrefill(dit, self.text, self.memory, grid, recipe, self.packed, pool)
+        self._forget()
 
     # What subclasses decide
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Blocks that one replay works on."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, block: BlockInputs) -> Tensor | None:
+        """Latents [1, 16, block latents, h, w] at the first step's noise level -> those of the block that is finished
+        now, None when none is. RuntimeError without a condition, ValueError for a block that the stream is not for."""
+
+    @abstractmethod
+    def drain(self) -> list[Tensor]:
+        """The latents of the blocks that are still on their way, oldest first."""
 
     @abstractmethod
     def _places(self) -> list[Position]:
@@ -161,8 +187,6 @@ class StaticStream(ABC):
     def _run(self) -> None:
         """What the graph holds: from the static inputs to `static.out`."""
 
-    own_conditions = False
-
     # The life of a stream
 
     @torch.no_grad()
@@ -171,7 +195,14 @@ class StaticStream(ABC):
         text = self._embed(context)
         for own, new in zip(pytree.tree_leaves(self.text), pytree.tree_leaves(text), strict=True):
             own.copy_(new)
-        self.memory.clear()
+        self._forget()
+
+    @torch.no_grad()
+    def condition(self, reference: Tensor, motion: Tensor) -> None:
+        """Replace the condition of the blocks that follow: reference latent [1, 16, 1, h, w], motion latents
+        [1, 16, T, h, w]. ValueError for latents of another size than the stream's."""
+        self.prefill(reference, motion)
+        self.conditioned = True
 
     @torch.no_grad()
     def compile(self) -> Program:
@@ -184,11 +215,22 @@ class StaticStream(ABC):
 
     @torch.no_grad()
     def record(self) -> None:
-        """Compile, and on a GPU record the graph; otherwise the first block does. What the stream holds is lost."""
+        """Compile, and on a GPU record the graphs; otherwise the first block does. What the stream holds is lost."""
         self.compile()
-        self.replay.record()
+        self.replay.record()  # first: it takes the most of the working memory that both share
+        self.prefill.record()
+        self._forget()  # the warm-up's condition has set scales
 
     # For subclasses
+
+    def _forget(self) -> None:
+        """Back to before the first condition and block."""
+        self.memory.clear()
+        self.conditioned = False
+
+    def _check_conditioned(self) -> None:
+        if not self.conditioned:
+            raise RuntimeError("there is no condition yet; call condition() before the first block")
 
     @property
     def frames(self) -> int:

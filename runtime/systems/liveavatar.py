@@ -25,7 +25,22 @@ from .liveavatar_step import BlockInputs
 class Denoiser(Protocol):
     """Where the denoising steps run: `placement.single.SingleDevice` and its relatives."""
 
-    def condition(self, reference: Tensor, motion: Tensor) -> None: ...
+    def condition(self, reference: Tensor, motion: Tensor) -> None:
+        """Replace the condition of the blocks that follow; latents [1, 16, 1, h, w] and [1, 16, T, h, w]."""
+        ...
+
+    def denoise(self, x: Tensor, block: BlockInputs) -> Tensor | None:
+        """Noise [1, 16, block latents, h, w] of the next block -> the latents of the block that is finished now: this
+        one, or where several are on their way an earlier one, or None."""
+        ...
+
+    def drain(self) -> list[Tensor]:
+        """The latents of the blocks that are still on their way, oldest first."""
+        ...
+
+
+class ImmediateDenoiser(Denoiser, Protocol):
+    """Every block is finished when `denoise` returns."""
 
     def denoise(self, x: Tensor, block: BlockInputs) -> Tensor: ...
 
@@ -58,7 +73,7 @@ class LiveAvatarSystem:
 
 
 class BlockStream:
-    """The blocks of one video: each call of `next` denoises and decodes one.
+    """The blocks of one video: each call of `next` gives one to the denoiser and decodes what that has finished.
 
     `pixels` [3, H, W] in [-1, 1]; `place` builds the denoiser from the latent (rows, columns); `draws` gives noise and
     reference distances; `actor_mask` [A, clip latents, H/16, W/16, 1] when several actors speak; `pose` a pose video.
@@ -81,6 +96,7 @@ class BlockStream:
         self.actor_mask = actor_mask
         self.pose = pose
         self.index = 0
+        self.size = pixels.shape[1:]
         reference = reference_latent(vae, pixels, mode)
         self.grid = reference.shape[3], reference.shape[4]
         self.motion = motion_latents(vae, pixels, mode)
@@ -95,12 +111,13 @@ class BlockStream:
         self.first_latent: Tensor | None = None
         self.noise: Tensor | None = None  # of the current clip [C, clip latents, h, w]
         self.pose_latents: Tensor | None = None  # likewise
+        self._finished: list[tuple[Tensor, Tensor]] = []  # latents and frames of blocks, not handed out yet
 
     def next(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Audio features [A, K, C, block frames] -> latents [1, 16, block latents, h, w], frames [3, n, H, W].
+        """Audio features [A, K, C, block frames] -> latents [1, 16, n, h, w], frames [3, t, H, W] of what is finished.
 
-        Frames are in [-1, 1]; n is below a block at the start of the video, and in `Decoding.CLIP` 0 until a clip is
-        complete.
+        Frames are in [-1, 1]. That is this block (n = block latents; t is below a block at the start of the video), or
+        what the denoiser gives instead: nothing, or earlier blocks. In `Decoding.CLIP` t is 0 until a clip is complete.
         """
         mode = self.mode
         clip, block = divmod(self.index, mode.clip_blocks)
@@ -112,22 +129,52 @@ class BlockStream:
         inputs = BlockInputs(self.index, audio, distances, pose, self.actor_mask)
         assert self.noise is not None
         latents = self.denoiser.denoise(self.noise[None, :, part], inputs)
-        if self.index == 0:
-            self.first_latent = latents[:, :, :1]
         self.index += 1
-        return latents, self.decoder.push(latents)
+        if latents is not None:
+            self._take(latents)
+        return self._hand_out()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Latents and frames of the blocks that are still on their way; further blocks may follow."""
+        for latents in self.denoiser.drain():
+            self._take(latents)
+        return self._hand_out()
 
     def _start_clip(self, clip: int) -> None:
         latents = self.mode.block_latents * self.mode.clip_blocks
         self.noise = self.draws.noise(clip, (self.channels, latents, *self.grid))
         self.pose_latents = self.pose.clip(clip) if self.pose else None
         if clip == 1 and self.mode.resink is not Resink.NEVER:
-            assert self.first_latent is not None
-            motion = self.motion
-            if self.mode.resink is Resink.REFERENCE_AND_MOTION:
-                assert isinstance(self.decoder, ClipDecoder)
-                motion = self.decoder.context
-            self.denoiser.condition(self.first_latent, motion)
+            self._renew_condition()
+
+    def _renew_condition(self) -> None:
+        """From what clip 0 became; blocks that are still on their way are waited for where that depends on them."""
+        moves = self.mode.resink is Resink.REFERENCE_AND_MOTION
+        if moves or self.first_latent is None:
+            for latents in self.denoiser.drain():
+                self._take(latents)
+        assert self.first_latent is not None
+        motion = self.motion
+        if moves:
+            assert isinstance(self.decoder, ClipDecoder)
+            motion = self.decoder.context
+        self.denoiser.condition(self.first_latent, motion)
+
+    def _take(self, latents: Tensor) -> None:
+        """Decode the next block that is finished."""
+        if self.first_latent is None:
+            self.first_latent = latents[:, :, :1]
+        self._finished.append((latents, self.decoder.push(latents)))
+
+    def _hand_out(self) -> tuple[Tensor, Tensor]:
+        """Latents and frames of the blocks that were taken since the last call."""
+        finished, self._finished = self._finished, []
+        if not finished:
+            return self.motion[:, :, :0], self.motion.new_zeros(3, 0, *self.size)
+        if len(finished) == 1:
+            return finished[0]
+        latents, frames = zip(*finished, strict=True)
+        return torch.cat(latents, 2), torch.cat(frames, 1)
 
 
 def frames_to_bytes(frames: Tensor) -> Tensor:

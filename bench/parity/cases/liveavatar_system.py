@@ -91,6 +91,9 @@ class Recorder:
     def denoise(self, x: Tensor, block: BlockInputs) -> Tensor:
         return self.denoiser.denoise(x, block)
 
+    def drain(self) -> list[Tensor]:
+        return self.denoiser.drain()
+
     def caches(self) -> dict[str, Tensor]:
         """Rings at the end of the run: by step (single device) or by rank (pipeline)."""
         if isinstance(self.denoiser, SingleDevice):
