@@ -81,8 +81,8 @@ def trace_prefill(
 ) -> Program:
     """`dit.prefill_tokens` of these arguments (or others of their shapes), stored into the memories, as a program.
 
-    `memories`: of every layer, those that `StreamMemory.receiving` tells. What the last layer makes of its tokens beyond
-    its keys and values has no reader and is left out.
+    `memories`: of every layer, those that `StreamMemory.receiving` tells. What the last layer makes of its tokens
+    beyond its keys and values has no reader and is left out.
     """
 
     def prefill(
