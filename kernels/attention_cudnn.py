@@ -61,7 +61,7 @@ def _handle(device: int, thread: int) -> Any:
 def _plan(
     device: int, thread: int, dtype: torch.dtype, q: Layout, k: Layout, v: Layout, out: Layout, by_length: bool
 ) -> Plan:
-    """Tensors: q, k, v, result; in e4m3 scales and two maxima that nobody reads, else the log-sum-exp; counts."""
+    """Tensors: q, k, v, result; in e4m3 scales, else the log-sum-exp; counts."""
     import cudnn
 
     types = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", E4M3: "FP8_E4M3"}
@@ -84,10 +84,8 @@ def _plan(
         options |= {"use_padding_mask": True, "seq_len_q": counts[0], "seq_len_kv": counts[1]}
     if dtype == E4M3:
         scales = {name: graph.tensor(name=name, dim=one, stride=one, data_type=single) for name in FP8_SCALES}
-        result, _, *maxima = graph.sdpa_fp8(**inputs, **scales, **options)
-        for maximum in maxima:
-            maximum.set_output(True).set_dim(one).set_stride(one).set_data_type(single)
-        further = [*scales.values(), *maxima]
+        result, *_ = graph.sdpa_fp8(**inputs, **scales, **options)  # maxima as outputs would cost a memset each
+        further = [*scales.values()]
     else:
         result, stats = graph.sdpa(**inputs, **options)
         stats.set_output(True).set_dim([batch, heads, queries, 1]).set_data_type(single)
@@ -138,6 +136,5 @@ def attend_fp8(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tenso
     """Result [B, Lq, H, d] in e4m3; `scales` of `attention_joined.joined_scales`."""
     out = torch.empty(q8.shape, dtype=E4M3, device=q8.device)
     plan, moved = _plan_for(q8, k8, v8, out, True)
-    maxima = torch.empty(2, dtype=torch.float32, device=q8.device)
-    plan.run(*moved, *scales[: len(FP8_SCALES)].split(1), *maxima.split(1), *_counts(q8, length))
+    plan.run(*moved, *scales[: len(FP8_SCALES)].split(1), *_counts(q8, length))
     return out

@@ -220,7 +220,7 @@ def verify(system: LiveAvatarSystem, stream: PreparedStream, part: str, path: Pa
         x, block = noise.contiguous(), torch.tensor([index], device=noise.device)
         for step, timestep in enumerate(stream.timesteps.to(noise.device)):
             distance = stream.distances[index, step].reshape(1).to(noise.device)
-            found = run(x, timestep.reshape(1), audio, block, distance, *fixed, *rings[step])
+            found = run(x, timestep.reshape(1).clone(), audio, block, distance, *fixed, *rings[step])
             flow = found[0] if isinstance(found, list | tuple) else found
             x = euler_step(x, flow, stream.sigmas[step], stream.sigmas[step + 1])
         made.append(x)

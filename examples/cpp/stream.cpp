@@ -127,8 +127,9 @@ Tensors empty_rings(const Package& step, torch::Device device) {
   return rings;
 }
 
+// A package wants its inputs aligned, which a row inside another tensor need not be, so the row gets its own memory.
 Tensor row(const Tensors& stream, const std::string& name, int64_t index) {
-  return stream.at(name).select(0, index).contiguous();
+  return stream.at(name).select(0, index).clone();
 }
 
 // x + (sigma_next - sigma) * flow, rounded as `runtime/samplers/euler.py` rounds it.
@@ -177,7 +178,7 @@ Tensor denoise(Package& step, const Tensors& stream, torch::Device device) {
         given["audio"] = row(stream, "audio", block);
         given["block"] = torch::full({1}, block, torch::dtype(torch::kInt64).device(device));
         given["timestep"] = row(stream, "timesteps", s).reshape({1});
-        given["distance"] = stream.at("distances").index({block, s}).reshape({1}).contiguous();
+        given["distance"] = row(stream, "distances", block).slice(0, s, s + 1).clone();
         const Tensor flow = step(given).at("flow");
         x = euler_step(x, flow, stream.at("sigmas")[s], stream.at("sigmas")[s + 1]);
       }
