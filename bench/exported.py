@@ -9,6 +9,7 @@ and the program's own report with its times. `--device cpu` tries the script its
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -187,7 +188,9 @@ def main() -> int:
                 traceback.print_exc()
                 failures.append(name)
     if arguments.output:
-        arguments.output.write_text(json.dumps({"device": card, "torch": torch.__version__, "cases": found}, indent=1))
+        words = shlex.join(["python", "-m", "kinora.bench.exported", *sys.argv[1:]])
+        about = {"date": time.strftime("%Y-%m-%d"), "command": words, "device": card, "torch": torch.__version__}
+        arguments.output.write_text(json.dumps(about | {"cases": found}, indent=1) + "\n")
     print(f"{len(failures)} of {len(chosen)} cases failed{': ' if failures else ''}{', '.join(failures)}")
     return 1 if failures else 0
 

@@ -266,14 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="kinora-loading-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        report = _measure_all(args, folder, device)
+        print(json.dumps(_measure_all(args, folder, device), indent=1))
     finally:
         if args.folder is None:
             shutil.rmtree(folder)
-    print(json.dumps(report, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -308,7 +304,15 @@ def _measure_all(args: argparse.Namespace, folder: Path, device: torch.device) -
             report["fp8_on_the_way_equals_afterwards"] = result
         else:
             report["results"].append(result)
+        _save(report, args.out)
     return report
+
+
+def _save(report: dict[str, Any], path: Path | None) -> None:
+    """After every variant, so that a run that is cut off keeps those that it had."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
