@@ -69,6 +69,16 @@ def test_compile_explains_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blocks.5" in told and "audio_injector" not in told
 
 
+def test_joined_caches_hand_on_more_in_e4m3(capsys: pytest.CaptureFixture[str]) -> None:
+    """The results of self and text attention of each of the six blocks."""
+    emitted = []
+    for caches in ("slots", "joined"):
+        assert main(["compile", "tiny", "--caches", caches]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("emit"))
+        emitted.append(int(line.split()[1]))
+    assert emitted[1] == emitted[0] + 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -76,6 +86,7 @@ def test_compile_explains_a_model(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny", "--precision", "int3"], "precision 'int3' is not known"),
         (["tiny", "--size", "100x100"], "multiples of 16"),
         (["tiny", "--part", "head"], "part 'head' is not known"),
+        (["tiny", "--caches", "none"], "caches 'none' is not known; choose one of slots, joined"),
         (["tiny", "--memory", "0"], "ceilings must be more than 0"),
     ],
 )

@@ -7,6 +7,7 @@ step. Three formats: bfloat16 (or float32); e4m3 keys with e4m3 or bfloat16 valu
 Legend: S ring rows, C condition tokens, P tokens of a frame (the reference), L tokens of a block, H heads, d head size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,8 +59,19 @@ class Position:
             own.copy_(new)
 
 
+class _FromOneTensor(ABC):
+    """A `Memory` that takes q, k and v in one tensor."""
+
+    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
+        return self.attend_joined(_joined(projected), projected, rope)
+
+    @abstractmethod
+    def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
+        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
+
+
 @dataclass(frozen=True)
-class PlainMemory:
+class PlainMemory(_FromOneTensor):
     """One layer's keys and values, condition and ring in one buffer; `reference` [B, P, H, d]: its keys not rotated."""
 
     cache: JoinedCache
@@ -67,11 +79,7 @@ class PlainMemory:
     reference_rope: Tensor
     position: Position
 
-    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
-        return self.attend_joined(_joined(projected), projected, rope)
-
     def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
-        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring_k, ring_v = self.cache.ring
         rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0])
         norms = by.weight_q, by.weight_k, rope
@@ -95,7 +103,7 @@ class PlainMemory:
 
 
 @dataclass(frozen=True)
-class Fp8Memory:
+class Fp8Memory(_FromOneTensor):
     """The same in e4m3; scales float32 [H] of queries and keys follow from the norms' weights (`static_scales`)."""
 
     ring: Fp8Segment
@@ -107,11 +115,7 @@ class Fp8Memory:
     scale_k: Tensor
     qk_descale: Tensor
 
-    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
-        return self.attend_joined(_joined(projected), projected, rope)
-
     def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
-        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring, mixed = self.ring, self.ring.v_descale is None
         self.condition.rotate_keys(self.reference, self.reference_rope, self.scale_k)
         q = qkv_norm_rope_fp8(
@@ -153,7 +157,7 @@ HEADROOM = 8.0
 
 
 @dataclass(frozen=True)
-class JoinedFp8Memory:
+class JoinedFp8Memory(_FromOneTensor):
     """The same in one buffer with one scale a tensor, which cuDNN reads; the values' scale follows from the condition.
 
     `scale_*` float32 [H], each of equal numbers; `scales` as `joined_scales` makes them for the rows of a block, zeros
@@ -169,11 +173,7 @@ class JoinedFp8Memory:
     scale_v: Tensor
     scales: Tensor
 
-    def attend(self, projected: Projected, rope: Tensor) -> Tensor:
-        return self.attend_joined(_joined(projected), projected, rope)
-
     def attend_joined(self, qkv: Tensor, by: Projected, rope: Tensor) -> Tensor:
-        """`attend` for q, k and v in one tensor [B, L, 3D]; `by` says how they are normed."""
         ring_k, ring_v = self.cache.ring
         rotate_rows_into(self.reference, self.reference_rope, self.cache.condition[0], self.scale_k)
         rows = ring_k.shape[1]

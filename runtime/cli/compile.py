@@ -15,6 +15,9 @@ def compile(
         str, typer.Option(help="step, or prefill: the condition, when a stream opens and once later.")
     ] = "step",
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp8.")] = "fp8",
+    caches: Annotated[
+        str, typer.Option(help="FP8 caches: slots, as on any GPU, or joined, as with nvidia-cudnn-frontend on Hopper.")
+    ] = "slots",
     size: Annotated[str, typer.Option(help="Size of the video, WIDTHxHEIGHT; the model's own if left out.")] = "",
     bf16: Annotated[float, typer.Option(help="Ceiling of bf16 products in TFLOP/s; of an H200 by default.")] = 700.0,
     fp8: Annotated[float, typer.Option(help="Ceiling of FP8 products in TFLOP/s.")] = 1300.0,
@@ -39,7 +42,7 @@ def compile(
     from ...graphs.rewrite.work import Ceilings
     from ..compile import compiled
 
-    program = compiled(model, precision, pixels, part)
+    program = compiled(model, precision, pixels, part, caches)
     if explain:
         typer.echo(explaining.explain(program, Ceilings(bf16, fp8, memory)))
     else:
