@@ -11,7 +11,6 @@ from kinora.graphs.models.liveavatar_memory import RingFormat
 from kinora.graphs.models.liveavatar_text import Fp8Context, Fp8TextState, embed_text_fp8
 from kinora.kernels.kv_cache import E4M3
 from kinora.runtime import load
-from kinora.runtime.media import read_audio
 from kinora.runtime.placement import static_stream
 from kinora.runtime.placement.batched_steps import BatchedSteps
 from kinora.runtime.placement.captured import CapturedBlock
@@ -113,6 +112,9 @@ def test_text_of_a_model_layer_by_layer() -> None:
 def test_a_talking_face_does_not_drift_from_that_of_other_fp8_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three seconds, six blocks where the ring holds four: PSNR in dB of every block of 12 frames. Both are some
     39 dB from bfloat16, for 20 seconds too."""
+    pytest.importorskip("av")
+    from kinora.runtime.media import read_audio
+
     voice = read_audio(EXAMPLES / "voices" / "welcome.flac", RATE)[RATE // 2 : 7 * RATE // 2]
     made = {}
     for values in ("fp8", "joined"):

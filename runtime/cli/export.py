@@ -1,6 +1,5 @@
 """`kinora export`: a model for programs that are not Python."""
 
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,6 @@ app = typer.Typer(help="Write a model for programs that are not Python.")
 
 MODEL_RATE = 16_000  # samples per second that a model hears
 TONE_SECONDS = 4
-COMPILERS = ("c++", "g++", "clang++")
 
 Model = Annotated[str, typer.Argument(help="tiny, liveavatar-14b, or the folder of a trained model.")]
 Checkpoint = Annotated[
@@ -71,8 +69,12 @@ def aoti(
     for name in names:
         check_overwrite(output / f"{name}.pt2", overwrite)
     check_overwrite(output / "stream.pt", overwrite)
-    if not any(shutil.which(name) for name in COMPILERS):
-        raise InputError(f"there is no C++ compiler ({', '.join(COMPILERS)}); install one, for example the package g++")
+    from ...graphs.host_compiler import sharing_compiler
+
+    try:
+        sharing_compiler()  # before minutes of other work
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
     pixels = parse_size(size)
     picture = None if image is None else read_image(image)
     if audio is None:
