@@ -67,7 +67,6 @@ def shares(command: Sequence[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text(PROBE)
-        told = shlex.join(command)
         try:
             run = [*command, "-shared", "-fPIC", str(source), "-o", str(built)]
             subprocess.run(run, check=True, capture_output=True, text=True)

@@ -15,6 +15,7 @@ the cuDNN frontend.
 import threading
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -27,6 +28,20 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 E4M3 = torch.float8_e4m3fn
 FP8_SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 """What cuDNN calls the scales, in the order of `attention_joined.joined_scales`; s: the weights."""
+
+
+FP8_SINCE = (1, 32)
+"""The first version of the frontend whose FP8 attention was run without its maxima as outputs."""
+
+
+@cache
+def has_fp8() -> bool:
+    """Whether a frontend that `attend_fp8` can use is installed; an older one serves `attend` alone."""
+    try:
+        found = version("nvidia-cudnn-frontend")
+    except PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in found.split(".")[:2]) >= FP8_SINCE
 
 
 @dataclass(frozen=True)

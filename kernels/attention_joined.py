@@ -16,7 +16,7 @@ Errors: ValueError when shapes do not fit; RuntimeError on a GPU without the lib
 import torch
 from torch import Tensor
 
-from . import attention_cudnn, attention_table
+from . import attention_cudnn
 from .cases import Case, Op, randn
 from .kv_cache import E4M3, quantize_heads
 from .qk_rows import HEAD_DIMS
@@ -47,7 +47,7 @@ def available(device: torch.device) -> bool:
     """Whether the library is there for this device; on the CPU the reference always is."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_capability(device)[0] == 9 and attention_table.COUNTING in attention_table.available()
+    return torch.cuda.get_device_capability(device)[0] == 9 and attention_cudnn.has_fp8()
 
 
 def fp8_reference(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> Tensor:
@@ -73,26 +73,29 @@ def _wide(out8: Tensor, scales: Tensor) -> Tensor:
 
 def attention_joined(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> Tensor:
     """Attention over an FP8 cache in one buffer, in bfloat16; see the module docstring."""
-    _check(q8, k8, v8, scales)
+    _check(q8, k8, v8, length, scales)
     return torch.ops.kinora.attention_joined(q8, k8, v8, length, scales)
 
 
 def attention_joined_fp8(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The same in e4m3, and what to multiply each row with."""
-    _check(q8, k8, v8, scales)
+    _check(q8, k8, v8, length, scales)
     return torch.ops.kinora.attention_joined_fp8(q8, k8, v8, length, scales), row_descales(q8, scales)
 
 
-def _check(q8: Tensor, k8: Tensor, v8: Tensor, scales: Tensor) -> None:
+def _check(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> None:
     batch, queries, heads, head_dim = q8.shape
     if any(t.dtype != E4M3 for t in (q8, k8, v8)) or head_dim not in HEAD_DIMS:
         raise ValueError(
             f"q {q8.dtype} {tuple(q8.shape)}, k {k8.dtype}, v {v8.dtype}: all must be e4m3 with d in {HEAD_DIMS}"
         )
-    if scales.dim() != 1 or scales.shape[0] < ROWS_AT + batch * queries:
+    if scales.dim() != 1 or scales.shape[0] < ROWS_AT + batch * queries or scales.dtype != torch.float32:
         raise ValueError(
-            f"scales {tuple(scales.shape)} are not those of `joined_scales` for at least {batch * queries} rows"
+            f"scales {tuple(scales.shape)} {scales.dtype} are not those of `joined_scales` for at least "
+            f"{batch * queries} rows"
         )
+    if length.dtype != torch.int32 or length.numel() != 1:
+        raise ValueError(f"length {tuple(length.shape)} {length.dtype} must be one int32")
     if k8.shape != (batch, k8.shape[1], heads, head_dim) or v8.shape != k8.shape:
         raise ValueError(f"queries {tuple(q8.shape)}, keys {tuple(k8.shape)} and values {tuple(v8.shape)} do not fit")
 

@@ -107,9 +107,9 @@ class Avatar:
         """Open an endless video of the person in `image` (a path, a PIL image or uint8 RGB [H, W, 3]).
 
         `seed`: same seed, same frames; `steps`: denoising steps, None for the mode's; `size`: (height, width) in
-        pixels, None to choose. The picture is scaled and cropped at the centre to that size. Where it is captured,
-        the first session of a size and number of steps compiles (a minute at 14B) unless `warm_up` did; close sessions,
-        so that the next one finds it.
+        pixels, None to choose. The picture is scaled and cropped at the centre to that size. In placement "captured"
+        or "batched" the first session of a size and number of steps compiles (half a minute at 14B) unless `warm_up`
+        did; close sessions, so that the next one finds it.
         Errors: InputError for a picture, seed, number of steps or size that cannot be used.
         """
         if not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -37,6 +37,8 @@ def compiled(
     for word, (given, choices) in known.items():
         if given not in choices:
             raise InputError(f"{word} {given!r} is not known; choose one of {', '.join(choices)}")
+    if caches == "joined" and precision != "fp8":
+        raise InputError(f"joined caches are FP8, precision {precision} has others; leave caches out or take fp8")
     dit, mode, own = _model(name, precision)
     height, width = size or own
     if height % PIXELS or width % PIXELS or height <= 0 or width <= 0:

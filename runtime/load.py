@@ -42,7 +42,8 @@ def load(
       for the published ones.
     - `placement`: "single" (the plain steps on one device), "captured" (compiled, on a GPU as CUDA graphs; the first
       session of a size pays for that, see `Avatar.warm_up`), or "batched" (captured, the time-steps of consecutive
-      blocks in one forward: the same video with more frames a second, each of which comes `steps - 1` blocks later);
+      blocks in one forward: the same video up to rounding, `steps - 1` blocks later; faster only on a GPU that its
+      power limit does not hold back, see docs/performance.md);
       "auto" is captured on CUDA and single elsewhere.
     - `device`: "cpu" or "cuda" (the current device); "auto" takes CUDA where there is one.
 

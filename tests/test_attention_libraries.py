@@ -1,5 +1,7 @@
 """Attention by libraries: which implementation serves a call, cuDNN's frontend, FP8 caches in one buffer."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 from kinora.kernels import attention_cudnn, attention_joined, attention_table, rope_attention
@@ -105,3 +107,16 @@ def test_cudnn_reads_the_length_on_the_device() -> None:
         wanted = rope_attention.log_sum_exp(q, [k], [None], [length], None, torch.float32)
         assert relative(out, plain(q, [k], [v], [None], [rows])) < 1e-2
         assert relative(lse, wanted) < 1e-2
+
+
+@pytest.mark.parametrize(("installed", "wanted"), [("1.32.0", True), ("2.0.1", True), ("1.9.0", False), (None, False)])
+def test_an_older_frontend_does_not_attend_in_fp8(
+    installed: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(attention_cudnn, "version", version)
+    assert attention_cudnn.has_fp8.__wrapped__() is wanted

@@ -2,8 +2,10 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +221,42 @@ def test_buffers_go_with_the_stream(kind: type[CapturedBlock] | type[BatchedStep
         finally:
             gc.enable()
     assert not any(alive)
+
+
+class Flaky:
+    """Fails at the calls of these numbers, then goes on."""
+
+    def __init__(self, replay: Callable[[], None], *fails: int):
+        self.replay, self.fails, self.calls = replay, fails, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls - 1 in self.fails:
+            raise RuntimeError("this time it fails")
+        self.replay()
+
+
+def again(act: Callable[[], Any]) -> Any:
+    try:
+        return act()
+    except RuntimeError as error:
+        assert str(error) == "this time it fails"
+        return again(act)
+
+
+@pytest.mark.parametrize("fails", [(0,), (2,), (4,), (5,), (6, 7), (7,)], ids=str)
+def test_a_tick_that_fails_can_be_made_again(fails: tuple[int, ...]) -> None:
+    """Five blocks, then three ticks that drain: calls 0-4 enter blocks, the others drain."""
+    dit, prompt, inputs, given = model(), torch.randn(5, 16), blocks(5, pose=True), conditions(0, 2)
+    with torch.inference_mode():
+        steps = [BatchedSteps(dit, prompt, MODE, GRID, shape=BlockShape(pose=True)) for _ in range(2)]
+        wanted = batched(steps[0], inputs, given)
+        steps[1].replay = Flaky(steps[1].replay, *fails)  # type: ignore[assignment]
+        found: list[Tensor | None] = []
+        for x, block in inputs:
+            if block.index in given:
+                steps[1].condition(*given[block.index])
+            found.append(again(partial(steps[1].denoise, x, block)))
+        found += again(steps[1].drain)
+    made = [latents for latents in found if latents is not None]
+    assert len(made) == len(wanted) and all(map(torch.equal, made, wanted))

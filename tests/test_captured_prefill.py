@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from kinora.graphs.models.liveavatar import LiveAvatar
-from kinora.graphs.models.liveavatar_memory import Fp8Memory, RingFormat, StreamMemory
+from kinora.graphs.models.liveavatar_cache import KeyValue
+from kinora.graphs.models.liveavatar_memory import Fp8Memory, RingFormat, StreamMemory, store_condition
 from kinora.graphs.quantize import quantize_linears
 from kinora.graphs.rewrite.recipe import Recipe
 from kinora.runtime.placement.captured import CapturedBlock
@@ -38,7 +39,11 @@ def held(memory: StreamMemory) -> list[Tensor]:
 def plainly(block: CapturedBlock, given: tuple[Tensor, Tensor]) -> list[Tensor]:
     """The same condition through `LiveAvatar.prefill_layers` into the same memories."""
     reference, motion = (t.to(block.dit.dtype) for t in given)
-    block.dit.prefill_layers(reference, motion, block.text, block.memory.store)
+
+    def store(layer: int, kept: KeyValue, rope: Tensor) -> None:
+        store_condition(block.memory.receiving(layer), kept, rope)
+
+    block.dit.prefill_layers(reference, motion, block.text, store)
     return held(block.memory)
 
 

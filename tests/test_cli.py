@@ -86,6 +86,7 @@ def test_joined_caches_hand_on_more_in_e4m3(capsys: pytest.CaptureFixture[str]) 
         (["tiny", "--precision", "int3"], "precision 'int3' is not known"),
         (["tiny", "--size", "100x100"], "multiples of 16"),
         (["tiny", "--part", "head"], "part 'head' is not known"),
+        (["tiny", "--caches", "joined", "--precision", "bf16"], "joined caches are FP8"),
         (["tiny", "--caches", "none"], "caches 'none' is not known; choose one of slots, joined"),
         (["tiny", "--memory", "0"], "ceilings must be more than 0"),
     ],

@@ -252,7 +252,8 @@ class RingFormat:
 class StreamMemory:
     """All layers' memories of one stream: rings of every step, and the condition.
 
-    The steps of a block run one after another, so the reference rows, rotated anew by each step, need one buffer.
+    The steps of a block run one after another, so the reference rows, rotated anew by each step, need one
+    buffer, unless each step has its own condition.
     """
 
     layers: list[list[LayerMemory]]  # [step][layer]
@@ -313,11 +314,6 @@ class StreamMemory:
                 reference = kept() if shared is None else shared
                 layers[step].append(Fp8Memory(own, condition, reference, *place, *scales))
         return cls(layers, ropes, own_conditions)
-
-    def store(self, layer: int, kept: KeyValue, rope: Tensor) -> None:
-        """Take in a layer's condition: keys before rotation and values [1, C, H, d] of a prefill, and the table `rope`
-        with the reference where an unshifted stream has it. With `own_conditions` it reaches the first step only."""
-        store_condition(self.receiving(layer), kept, rope)
 
     def receiving(self, layer: int) -> list[LayerMemory]:
         """The memories of a layer to which `store_condition` hands a condition."""

@@ -1,4 +1,4 @@
-"""Throughput: the time-steps of consecutive blocks batched into one forward, on one GPU.
+"""The time-steps of consecutive blocks batched into one forward, on one GPU with power to spare.
 
 Step k of a block attends only what step k of earlier blocks wrote, so the steps of blocks n, n-1, n-2, ... are
 independent of each other: what the time-step pipeline spreads over ranks (liveavatar.md, 5.1) is here a batch. Products
@@ -19,10 +19,10 @@ from .static_stream import StaticStream
 class BatchedSteps(StaticStream):
     """One graph a tick: sample k takes step k of the block that entered k ticks ago.
 
-    Every step has a condition of its own, because a new one reaches the steps one tick after another: three times the
-    condition (3.3 GB of e4m3 at 14B, 704x384) and its reference rows more than `CapturedBlock` takes. A step that no
-    block has reached, or that the last one has left (`drain`), computes what is never attended: it writes where its
-    next block writes before it reads.
+    Every step has a condition of its own, because a new one reaches the steps one tick after another: in slots three
+    times the condition (3.3 GB of e4m3 at 14B, 704x384) more than `CapturedBlock` takes, and its reference rows. A step
+    that no block has reached, or that the last one has left (`drain`), computes what is never attended: it writes where
+    its next block writes before it reads. A tick that fails changes nothing: the same call may be made again.
     """
 
     own_conditions = True
@@ -38,7 +38,8 @@ class BatchedSteps(StaticStream):
         self.newest: BlockInputs | None = None  # that has entered
         self.on_their_way: list[BlockInputs | None] = [None] * (self.batch - 1)  # newest first; None: a gap
         self.reached: list[int] = []  # the last step that each condition has reached, unless all; oldest first
-        self.static.out.zero_()  # what moves on from here to samples that no block has reached must be finite
+        self.drained: list[Tensor] = []  # by a `drain` that did not end
+        self.static.x.zero_()  # samples that no block has reached must be finite
 
     @torch.no_grad()
     def condition(self, reference: Tensor, motion: Tensor) -> None:
@@ -58,34 +59,36 @@ class BatchedSteps(StaticStream):
         if any(other is not None and other.actor_mask is not block.actor_mask for other in self.on_their_way):
             raise ValueError("this block has another actor mask than those on their way; drain() them first")
         self.static.fill(x, block)
-        self.newest = block
         return self._tick(block)
 
     @torch.no_grad()
     def drain(self) -> list[Tensor]:
         """The latents of the blocks that are still on their way, oldest first; further blocks may follow."""
-        found = []
         while any(block is not None for block in self.on_their_way):
-            self.static.move_on()
             made = self._tick(None)
             if made is not None:
-                found.append(made)
+                self.drained.append(made)
+        found, self.drained = self.drained, []
         return found
 
     def _tick(self, entered: BlockInputs | None) -> Tensor | None:
         """Every step once -> the latents of the block that has taken its last one."""
-        by_step = [entered, *self.on_their_way]
-        self._find_places(by_step)
+        by_step, newest = [entered, *self.on_their_way], entered or self.newest
+        assert newest is not None
+        self._find_places(by_step, newest.index + 1)
         self.compile()
         self.replay()
+        made = self.static.out[-1:].clone()
+        self.static.move_on()
         self._hand_on_conditions()
+        self.newest = newest
         *self.on_their_way, finished = by_step
-        return None if finished is None else self.static.out[-1:].clone()
+        return None if finished is None else made
 
-    def _find_places(self, by_step: list[BlockInputs | None]) -> None:
-        """Number and reference distance of the block at each step; a gap stands where its step's next block will."""
-        assert self.newest is not None
-        distances, number = [0] * self.batch, self.newest.index + 1
+    def _find_places(self, by_step: list[BlockInputs | None], number: int) -> None:
+        """Number and reference distance of the block at each step; a gap stands where its step's next block will, the
+        first one where block `number` will."""
+        distances = [0] * self.batch
         for step, block in enumerate(by_step):
             if block is not None:
                 number, distances[step] = block.index, block.distances[step]

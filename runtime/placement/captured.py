@@ -32,10 +32,6 @@ class CapturedBlock(StaticStream):
         self.replay()
         return self.static.out.clone()
 
-    def drain(self) -> list[Tensor]:
-        """There is nothing on its way."""
-        return []
-
     def _places(self) -> list[Position]:
         return [Position.zero(self.dit.device)] * self.mode.steps  # they all write the same block
 

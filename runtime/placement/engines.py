@@ -21,7 +21,7 @@ from .single import SingleDevice
 from .static_stream import StaticStream
 
 IDLE_ENGINES = (
-    1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB (docs/performance.md)
+    1  # kept after their session; of LiveAvatar 14B at 704x384 in FP8 each takes 24.5 GB or more (docs/performance.md)
 )
 
 
@@ -85,7 +85,7 @@ class CapturedEngine:
 
 class CapturedPlacement:
     """A block's steps as one CUDA graph, the VAE's streams and a `CapturableSpeech` as others; on a CPU the same
-    programs, call by call. `kind`: `CapturedBlock`, or `BatchedSteps` for throughput.
+    programs, call by call. `kind`: `CapturedBlock` or `BatchedSteps`.
 
     Engines are compiled once for each `EngineKey` and used again; a session with another key than the idle ones has its
     own compiled when it opens. Sessions that are open at the same time have an engine each. At most `IDLE_ENGINES` (or

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...graphs.models.liveavatar import ConditionCache, LiveAvatar
+from ..systems.liveavatar import ImmediateDenoiser
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs, DenoisingStep, Observer
 
 
-class SingleDevice:
+class SingleDevice(ImmediateDenoiser):
     """LiveAvatar's steps on the device of the model: what depends on the prompt, the audio or the condition is
     computed once and shared by all steps (liveavatar.md, 6.1).
 
@@ -45,7 +46,3 @@ class SingleDevice:
         for step in self.steps:
             x = step(x, block, self.text, audio, self.sink, self.observe)
         return x
-
-    def drain(self) -> list[Tensor]:
-        """There is nothing on its way."""
-        return []

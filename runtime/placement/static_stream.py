@@ -25,6 +25,7 @@ from ...graphs.rewrite.program import Prepared, Program
 from ...graphs.rewrite.recipe import Recipe, apply
 from ...kernels import attention_joined
 from ...kernels.qk_rows import HEAD_DIMS
+from ..systems.liveavatar import Denoiser
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs
 from .captured_prefill import CapturedPrefill
@@ -78,10 +79,8 @@ class StaticInputs:
         )
 
     def fill(self, x: Tensor, block: BlockInputs) -> None:
-        """Take in the next block as sample 0: latents, audio, number of the block, pose; blocks that are there move on.
-
-        The mask is that of all samples. ValueError for other shapes.
-        """
+        """Take in the next block as sample 0: latents, audio, number of the block, pose; its mask is that of all.
+        ValueError for other shapes."""
         mask = None if block.actor_mask is None else block.actor_mask[:, : x.shape[2]].flatten(1)
         given = {"latents": x[0], "audio": block.audio, "pose": block.pose, "actor mask": mask}
         own = {"latents": self.x[0], "audio": self.audio[0], "pose": self.pose, "actor mask": self.mask}
@@ -89,7 +88,6 @@ class StaticInputs:
             found, wanted = (None if t is None else tuple(t.shape[-4:]) for t in (given[name], tensor))
             if found != wanted:
                 raise ValueError(f"this block has {name} {found}, the stream was made for {wanted}; open a new stream")
-        self.move_on()
         self.x[0].copy_(x[0])
         self.audio[0].copy_(block.audio)
         self.block[0].fill_(block.index)
@@ -106,8 +104,8 @@ class StaticInputs:
                 own[1:].copy_(own[:-1].clone())
 
 
-class StaticStream(ABC):
-    """A `systems.liveavatar.Denoiser` over static buffers; subclasses say what one replay does (`_run`).
+class StaticStream(Denoiser, ABC):
+    """Denoising over static buffers; subclasses say what one replay does (`_run`).
 
     `context` [n, text_dim]: prompt rows; `grid`: latent (rows, columns); `recipe`: what the compiler does; `ring`: how
     the caches are kept, None for e4m3 in a model with FP8 layers and heads of 32, 64 or 128, and the model's dtype in
@@ -166,10 +164,6 @@ class StaticStream(ABC):
     def denoise(self, x: Tensor, block: BlockInputs) -> Tensor | None:
         """Latents [1, 16, block latents, h, w] at the first step's noise level -> those of the block that is finished
         now, None when none is. RuntimeError without a condition, ValueError for a block that the stream is not for."""
-
-    @abstractmethod
-    def drain(self) -> list[Tensor]:
-        """The latents of the blocks that are still on their way, oldest first."""
 
     @abstractmethod
     def _places(self) -> list[Position]:

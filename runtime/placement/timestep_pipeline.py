@@ -7,12 +7,13 @@ has on its own device. The result is that of `SingleDevice`, exactly in float32.
 from torch import Tensor
 
 from ...graphs.models.liveavatar import LiveAvatar
+from ..systems.liveavatar import ImmediateDenoiser
 from ..systems.liveavatar_mode import GenerationMode
 from ..systems.liveavatar_step import BlockInputs, Observer
 from .single import SingleDevice
 
 
-class SequentialPipeline:
+class SequentialPipeline(ImmediateDenoiser):
     """The denoising ranks in rank order, with the interface of `SingleDevice`; `ranks[k]` owns step k."""
 
     def __init__(
@@ -35,7 +36,3 @@ class SequentialPipeline:
         for rank in self.ranks:
             x = rank.denoise(x, block)
         return x
-
-    def drain(self) -> list[Tensor]:
-        """There is nothing on its way."""
-        return []

@@ -35,8 +35,8 @@ class Denoiser(Protocol):
         ...
 
     def drain(self) -> list[Tensor]:
-        """The latents of the blocks that are still on their way, oldest first."""
-        ...
+        """The latents of the blocks that are still on their way, oldest first; here there are none."""
+        return []
 
 
 class ImmediateDenoiser(Denoiser, Protocol):
