@@ -157,8 +157,8 @@ def export(
     """Write the packages and the stream into `folder` and run them; the relative L2 error of each part.
 
     A package takes its name `<part>.pt2` when it has passed its check; until then it is `<part>.unchecked.pt2`, and one
-    that fails stays as `<part>.failed.pt2`. Packages that were there before, also of parts that are not written now, are
-    removed first: they need not fit the new stream. Errors: OutputError when a package does not run, or does not
+    that fails stays as `<part>.failed.pt2`. Packages that were there before, also of parts that are not written now,
+    are removed first: they need not fit the new stream. Errors: OutputError when a package does not run, or does not
     compute what PyTorch does, within `tolerance`; torch.OutOfMemoryError, which says nothing against the package, as
     it comes: `<part>.unchecked.pt2` stays.
     """

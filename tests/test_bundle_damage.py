@@ -13,12 +13,15 @@ from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.read import Bundle
 from kinora.checkpoints_tools.bundle.verify import sqnr, verify
 from kinora.checkpoints_tools.bundle.write import write_bundle
+from kinora.kernels.fp8_linear import Granularity
+from kinora.kernels.quantize_rows import quantize_fp8
 from kinora.runtime import load
 from kinora.runtime.bundles import export_bundle, verify_bundle
 from kinora.runtime.cli import main
 from kinora.runtime.errors import CheckpointError, InputError
 from safetensors.torch import load_file, save_file
 from small_model import write_model
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,53 @@ def test_sqnr_is_the_ratio_of_the_powers() -> None:
     wanted = 10 * torch.log10(weight.double().square().mean() / noise.square().mean())
     assert sqnr(quantised, scale, weight) == pytest.approx(float(wanted), abs=1e-3)
     assert sqnr(weight, torch.ones(1), weight) == float("inf")
+
+
+def zeroed(weight: Tensor, scale: Tensor) -> None:
+    weight.view(torch.uint8)[5] = 0
+
+
+def doubled(weight: Tensor, scale: Tensor) -> None:
+    scale[5] *= 2
+
+
+@pytest.mark.parametrize(("granularity", "change"), [("row", zeroed), ("row", doubled), ("tensor", zeroed)])
+def test_one_wrong_row_is_found(
+    granularity: Granularity, change: Callable[[Tensor, Tensor], None], tmp_path: Path
+) -> None:
+    """Among so many that the whole is within the limit."""
+    source = {"a": torch.randn(512, 64), "w": torch.randn(512, 64), "n": torch.randn(9)}
+    source["w"][7] *= 2.0**-16  # nothing but rounding to zero is left of it with one scale for all
+    weight, scale = quantize_fp8(source["w"], granularity)
+    tensors = source | {"w": weight, "w_descale": scale}
+    sound = Bundle.open(write_bundle(tmp_path / "sound", {"dit": tensors}, {"model": "x"}))
+    assert verify(sound, {"dit": source}).problems == []
+    change(weight, scale)
+    found = verify(Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"})), {"dit": source})
+    assert found.sqnr["dit.w"] > 20
+    (problem,) = found.problems
+    assert problem.startswith("dit.w: row 5 is ") and problem.endswith(" dB from the source, below 20")
+    assert abs(float(problem.split()[4])) < 1
+
+
+def test_weights_are_compared_bit_by_bit(tmp_path: Path) -> None:
+    source = {"w": torch.tensor([1.0, 0.0]), "i": torch.arange(3)}
+    tensors = source | {"w": torch.tensor([1.0, -0.0])}
+    made = Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"}))
+    assert verify(made, {"dit": source}).problems == ["dit.w is not the source's"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        (torch.tensor([1000, 1]), torch.tensor([1000, 2]), "is not what the source gives"),
+        (torch.tensor([1000.0, 1.0]).double(), torch.tensor([1000.0, 1.01]).double(), "is not what the source gives"),
+    ],
+)
+def test_only_what_is_summed_may_differ(ours: Tensor, theirs: Tensor, told: str, tmp_path: Path) -> None:
+    made = Bundle.open(write_bundle(tmp_path / "b", {"tables": {"t": ours}}, {"model": "x"}))
+    assert verify(made, None, {"tables": {"t": theirs}}).problems == [f"tables.t {told}"]
+    assert not verify(made, None, {"tables": {"t": ours}}).problems
 
 
 def flip(path: Path, at: int) -> None:
