@@ -177,6 +177,7 @@ def test_tensors_of_a_gpu_are_written_as_those_of_the_cpu(tmp_path: Path) -> Non
     """Also while a stream of the caller's is still making them, for half a second and more."""
     tensors = {f"w{i}": torch.randn(1 + i, 4000) for i in range(200)}
     halves = {key: value.cuda() for key, value in tensors.items()}
+    torch.mul(halves["w0"], 2)  # a kernel that is loaded later would wait for the stream
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(1_000_000_000)  # cycles
