@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .bundle.format import INDEX_FILE, WEIGHTS_ENDING, BundleError, parse_file
 from .bundle.layout import PAD, PART_KEY, SCALE_ENDING
 from .published.catalogue import ALSO, SYSTEMS
 from .published.identify import Adapters, Match, identify
@@ -20,6 +21,7 @@ from .sources import INDEX_ENDING, TORCH_ENDINGS, UnreadableFile, Weights, open_
 ENDINGS = (".safetensors", *TORCH_ENDINGS)
 SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<ending>\.\w+)")
 DEEPEST = 3  # folders below the one that is inspected
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state).*")
 
 
@@ -28,7 +30,8 @@ class FileReport:
     """One file, or the shards of one, and what it is.
 
     `what` is empty for tensors that are like nothing that is known; `trouble` says why a file could not be read, and
-    then nothing else is known of it. `part`: its name in the catalogue.
+    then nothing else is known of it. `part`: its name in the catalogue. `compared`: whether there is anything that says
+    which tensors it should have.
     """
 
     name: str
@@ -43,16 +46,18 @@ class FileReport:
     parameters: int = 0
     dtypes: dict[torch.dtype, int] = field(default_factory=dict)  # tensors of each
     shards: int = 1
+    compared: bool = True
 
     @property
     def complete(self) -> bool:
-        """Whether it is known, and has every tensor that it should and no other."""
-        return bool(self.what) and not (self.missing or self.unexpected or self.misshaped or self.trouble)
+        """Whether it is known, and was compared and has every tensor that it should and no other."""
+        wrong = self.missing or self.unexpected or self.misshaped or self.trouble
+        return bool(self.what) and self.compared and not wrong
 
     @property
     def differences(self) -> dict[str, tuple[str, ...]]:
         """What is wrong with its tensors -> their names."""
-        found = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshaped}
+        found = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": self.misshaped}
         return {wrong: names for wrong, names in found.items() if names}
 
     @property
@@ -119,15 +124,53 @@ def _report(name: str, files: list[Path]) -> FileReport:
 def _bundle_part(name: str, file: Path, part: str) -> FileReport:
     """A weight file of a bundle: what fills the space between tensors is none, and scales belong to their weights.
 
-    It is complete as a file of its own; of its system it says nothing, whose other parts are in other layouts.
+    It is compared with the index beside it; without one, with what is published. It is complete as a file of its own;
+    of its system it says nothing, whose other parts are in other layouts.
     """
     with open_weights(file) as weights:
         held = Weights({key: entry for key, entry in weights.items() if not key.startswith(PAD)})
     shapes = {
-        key: entry.shape for key, entry in held.items() if key.removesuffix(SCALE_ENDING) not in held.keys() - {key}
+        key: entry.shape
+        for key, entry in held.items()
+        if not (key.endswith(SCALE_ENDING) and key.removesuffix(SCALE_ENDING) in held)
     }
-    found = describe(name, held, identify(shapes))
-    return replace(found, what=f"part {part} of a bundle" + (f": {found.what}" if found.what else ""), part="")
+    match = identify(shapes)
+    found = describe(name, held, match)
+    found = replace(found, what=f"part {part} of a bundle" + (f": {found.what}" if found.what else ""), part="")
+    if (index := file.with_name(INDEX_FILE)).is_file():
+        found = _against_index(found, held, index, part)
+    else:
+        found = replace(found, compared=isinstance(match, Match))
+    scales = (f"{key}{SCALE_ENDING}" for key, entry in held.items() if entry.dtype in FP8)
+    unscaled = [key for key in scales if key not in held and key not in found.missing]
+    return replace(found, missing=(*found.missing, *unscaled))
+
+
+def _against_index(found: FileReport, held: Weights, path: Path, part: str) -> FileReport:
+    """The report of a bundle's file with what the bundle's index says of it. Raises UnreadableFile."""
+    try:
+        index = parse_file(path)
+    except BundleError as error:
+        raise UnreadableFile(str(error)) from error
+    number = {file.part: i for i, file in enumerate(index.files)}.get(part)
+    if number is None:
+        raise UnreadableFile(f"{path} knows no {part}{WEIGHTS_ENDING}; it belongs to another bundle")
+    wanted = {record.name.removeprefix(f"{part}."): record for record in index.tensors if record.file == number}
+    both = [(key, held[key], record) for key, record in wanted.items() if key in held]
+    return replace(
+        found,
+        missing=tuple(key for key in wanted if key not in held),
+        unexpected=tuple(key for key in held if key not in wanted),
+        misshaped=tuple(
+            f"{key} {_kind(entry.dtype, entry.shape)}, expected {_kind(record.dtype.torch, record.shape)}"
+            for key, entry, record in both
+            if (entry.dtype, entry.shape) != (record.dtype.torch, record.shape)
+        ),
+    )
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _check_count(files: list[Path]) -> None:

@@ -1,5 +1,7 @@
 """Swap the linear layers of a model for FP8 ones (liveavatar.md, 5.4)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -62,20 +64,25 @@ def _quantised(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor
     return ops.quantize_fp8(weight, granularity)
 
 
+def quantizable(model: nn.Module, ignore: tuple[str, ...] = LIVEAVATAR_IGNORE) -> list[str]:
+    """Names of the layers that `quantize_linears` replaces: every `nn.Linear` whose name contains none of `ignore`."""
+    modules = model.named_modules()
+    return [n for n, module in modules if isinstance(module, nn.Linear) and not any(part in n for part in ignore)]
+
+
 @torch.no_grad()
 def quantize_linears(
     model: nn.Module, ignore: tuple[str, ...] = LIVEAVATAR_IGNORE, granularity: Granularity = "tensor"
 ) -> list[str]:
-    """Replace every `nn.Linear` whose name contains none of `ignore`; returns the names of the replaced layers.
+    """Replace the layers that `quantizable` names; returns these names.
 
     Do this after LoRA is merged and the model has its final dtype. ValueError when nothing is left to quantise.
     """
-    replaced = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not any(part in name for part in ignore):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Fp8Linear(module, granularity))
-            replaced.append(name)
-    if not replaced:
+    names = quantizable(model, ignore)
+    if not names:
         raise ValueError(f"no linear layer to quantise: the model has none, or all match ignore={ignore}")
-    return replaced
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        linear = cast(nn.Linear, model.get_submodule(name))
+        setattr(model.get_submodule(parent), leaf, Fp8Linear(linear, granularity))
+    return names

@@ -5,19 +5,21 @@ import os
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints_tools.bundle.format import BundleError
+from ..checkpoints_tools.bundle.format import MANIFEST_FILE, BundleError
 from ..checkpoints_tools.bundle.read import Bundle, is_bundle
 from ..checkpoints_tools.bundle.verify import Verification, verify
 from ..checkpoints_tools.bundle.write import check_goal, file_hashes, write_bundle
 from ..graphs.models.liveavatar import LiveAvatar
-from ..graphs.quantize import LIVEAVATAR_IGNORE
+from ..graphs.quantize import LIVEAVATAR_IGNORE, quantizable
 from .errors import CheckpointError, InputError, OutputError
 from .load import TINY_FOLDER, load
 from .systems.bundle_parts import parts_of
+from .systems.config_values import differences
 from .systems.front_ends import FixedPrompt
 from .systems.liveavatar import LiveAvatarSystem
 from .systems.liveavatar_mode import GenerationMode
@@ -25,6 +27,12 @@ from .systems.liveavatar_mode import GenerationMode
 PRECISIONS = ("float32", "bfloat16", "fp8")
 PUBLISHED = "liveavatar-14b"
 TABLES = "tables"  # the part that `schedule_tables` fills
+FP8_RECIPE = {
+    "weights": "e4m3, one float32 scale an output channel: 1 / (448 / max |w|)",
+    "activations": "e4m3, one float32 scale a token, taken as they come",
+    "kept": list(LIVEAVATAR_IGNORE),
+}
+COMPARED = ("architecture", "precision", "recipe", "parts", "mode", "size", "max_area", "sources")  # of a manifest
 LICENCES = {
     "tiny": ({"what": "weights", "licence": "Apache-2.0", "from": "Kinora"},),
     PUBLISHED: (
@@ -73,16 +81,8 @@ def export_bundle(
         parts.tensors[TABLES] = schedule_tables(system.dit, system.mode)
     manifest = {"model": Path(model).name, "kinora": version("kinora"), **parts.manifest}
     if precision == "fp8":
-        manifest["recipe"] = {
-            "weights": "e4m3, one float32 scale an output channel: 1 / (448 / max |w|)",
-            "activations": "e4m3, one float32 scale a token, taken as they come",
-            "kept": list(LIVEAVATAR_IGNORE),
-        }
-    files = source_files(model, checkpoint)
-    manifest["sources"] = [
-        {"path": name, "size": path.stat().st_size, "sha256": sha256}
-        for (name, path), sha256 in zip(files.items(), file_hashes(files.values()), strict=True)
-    ]
+        manifest["recipe"] = FP8_RECIPE
+    manifest["sources"] = _hashed_sources(model, checkpoint)
     manifest["licences"] = list(LICENCES.get(os.fspath(model), ()))  # a folder of one's own is not ours
     try:
         return write_bundle(Path(output), parts.tensors, manifest, copies=parts.copies, overwrite=overwrite)
@@ -96,7 +96,7 @@ def source_system(
     """The system that a bundle of `precision` is compared with: its linear layers are not quantised."""
     _check_precision(precision)
     kept = "float32" if precision == "float32" else "bfloat16"
-    return load(model, checkpoint=checkpoint, precision=kept, device=device).system
+    return load(model, checkpoint=checkpoint, precision=kept, placement="single", device=device).system
 
 
 def _check_precision(precision: str) -> None:
@@ -121,6 +121,17 @@ def source_files(model: str | os.PathLike[str], checkpoint: str | os.PathLike[st
     if files.lora is not None:
         found[files.lora.name] = files.lora
     return found
+
+
+def _hashed_sources(
+    model: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None
+) -> list[dict[str, str | int]]:
+    """`sources` of a manifest: name, size and SHA-256 of every file that a model is loaded from."""
+    files = source_files(model, checkpoint)
+    return [
+        {"path": name, "size": path.stat().st_size, "sha256": sha256}
+        for (name, path), sha256 in zip(files.items(), file_hashes(files.values()), strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -151,7 +162,8 @@ def verify_bundle(
     device: str = "auto",
 ) -> Verification:
     """Check every byte of a bundle; with `source`, the model that it was made of, also that its weights are that
-    model's, what quantisation cost, and that the rows of a fixed prompt and the folded tables are what it computes.
+    model's, what quantisation cost, that the rows of a fixed prompt and the folded tables are what it computes, and
+    that the manifest says of it what an export would (COMPARED).
 
     Errors: CheckpointError when it cannot be read at all; what is wrong inside is in the result.
     """
@@ -162,15 +174,32 @@ def verify_bundle(
     if precision not in PRECISIONS or not isinstance(sections, dict):
         raise CheckpointError(f"{folder}: its manifest does not say how it was made")
     system = source_system(source, checkpoint=checkpoint, precision=str(precision), device=device)
-    tensors, results = parts_of(system).tensors, {}
-    text = sections.get("text")
-    if isinstance(text, dict) and isinstance(prompt := text.get("prompt"), str):
-        del tensors["text"]  # the bundle holds what the encoder made, which is no weight
+    parts, results = parts_of(system), {}
+    expected = {**parts.manifest, "sources": _hashed_sources(source, checkpoint)}
+    if precision == "fp8":  # which the source is not
+        expected |= {"precision": precision, "recipe": FP8_RECIPE}
+        expected["parts"]["dit"]["fp8"] = {"granularity": "row", "layers": quantizable(system.dit)}
+    if (prompt := _prompt_of(sections)) is not None and not isinstance(system.encode_prompt, FixedPrompt):
+        del parts.tensors["text"]  # the bundle holds what the encoder made, which is no weight
+        expected["parts"]["text"] = {"kind": "fixed", "prompt": prompt}
         with torch.inference_mode():
             results["text"] = {"rows": system.encode_prompt(prompt)}
     if TABLES in bundle.parts:
         results[TABLES] = schedule_tables(system.dit, system.mode)
-    return verify(bundle, tensors, results)
+    found = verify(bundle, parts.tensors, results)
+    said = {key: bundle.manifest[key] for key in COMPARED if key in bundle.manifest}
+    for told in differences(said, json.loads(json.dumps(expected))):
+        found.problems.append(f"{MANIFEST_FILE} and the source differ: {told}")
+    return found
+
+
+def _prompt_of(sections: dict[str, Any]) -> str | None:
+    """The words that a bundle was exported with instead of its text encoder."""
+    text = sections.get("text")
+    if not isinstance(text, dict) or text.get("kind") != "fixed":
+        return None
+    prompt = text.get("prompt")
+    return prompt if isinstance(prompt, str) else None
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:

@@ -14,4 +14,4 @@ class CheckpointError(KinoraError):
 
 
 class OutputError(KinoraError):
-    """A file that cannot be written."""
+    """A file that cannot be written, or that was written and does not pass its check."""

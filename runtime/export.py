@@ -17,7 +17,7 @@ from ..graphs.models.liveavatar import ConditionCache, LiveAvatar, TextState
 from ..graphs.models.liveavatar_cache import KeyValue
 from ..graphs.models.wan_vae import DecoderState
 from ..graphs.quantize import Fp8Linear
-from .errors import InputError
+from .errors import InputError, OutputError
 from .inputs import ImageInput, as_picture, as_samples
 from .placement.single import SingleDevice
 from .preprocess import image_pixels
@@ -157,12 +157,13 @@ def export(
     """Write the packages and the stream into `folder` and run them; the relative L2 error of each part.
 
     A package takes its name `<part>.pt2` when it has passed its check; until then it is `<part>.unchecked.pt2`, and one
-    that fails stays as `<part>.failed.pt2`. Packages of these parts that were there before are removed first: they
-    need not fit the new stream. Errors: RuntimeError when a package does not run, or does not compute what PyTorch
-    does, within `tolerance`.
+    that fails stays as `<part>.failed.pt2`. Packages that were there before, also of parts that are not written now,
+    are removed first: they need not fit the new stream. Errors: OutputError when a package does not run, or does not
+    compute what PyTorch does, within `tolerance`; torch.OutOfMemoryError, which says nothing against the package, as
+    it comes: `<part>.unchecked.pt2` stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in parts:
+    for name in PARTS:
         for state in ("", ".unchecked", ".failed"):
             (folder / f"{name}{state}.pt2").unlink(missing_ok=True)
     stream.save(folder / STREAM_FILE)
@@ -177,16 +178,18 @@ def export(
 
 
 def _check(system: LiveAvatarSystem, stream: PreparedStream, part: str, path: Path) -> float:
-    """The error of a package; one that fails is renamed, and a RuntimeError says where it is."""
-    limit = tolerance(system)
+    """The error of a package; one that fails is renamed, and an OutputError says where it is."""
+    limit, failed = tolerance(system), path.with_name(f"{part}.failed.pt2")
     try:
         error = verify(system, stream, part, path)
-        wrong = "" if error <= limit else f"differs from PyTorch by {error:.1e} (limit {limit:.0e})"
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
     except RuntimeError as raised:
-        wrong = f"does not run ({raised})"
-    if wrong:
-        failed = path.replace(path.with_name(f"{part}.failed.pt2"))
-        raise RuntimeError(f"{failed} {wrong}; do not use it")
+        path.replace(failed)
+        raise OutputError(f"{failed} does not run ({raised}); do not use it") from raised
+    if not error <= limit:  # nor NaN
+        path.replace(failed)
+        raise OutputError(f"{failed} differs from PyTorch by {error:.1e} (limit {limit:.0e}); do not use it")
     return error
 
 

@@ -10,17 +10,14 @@ from kinora.checkpoints_tools.lora import is_target
 from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
 from kinora.graphs.models.wan_vae import VaeConfig, WanVae
 from kinora.runtime.encoders.umt5 import Umt5Encoder, Umt5Size
-from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder, Wav2Vec2Size
+from kinora.runtime.encoders.wav2vec import Wav2Vec2Encoder
 from kinora.runtime.systems import liveavatar_checkpoint as published
 from safetensors.torch import save_file
+from small_speech import TINY_SPEECH
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 TEXT = Umt5Size(vocab=40, dim=16, heads=2, head_dim=8, ffn=24, layers=2)
-SPEECH = Wav2Vec2Size(
-    dim=16, heads=2, layers=2, ffn=24, stable=True, conv_channels=(8,) * 7, position_kernel=8, position_groups=2,
-    conv_bias=True, conv_norm="layer",
-)  # fmt: skip
 DIT = {
     "model_type": "s2v", "dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 16,
     "text_len": 512, "audio_dim": 16, "num_audio_token": 2, "audio_inject_layers": [0, 1],
@@ -41,8 +38,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_speech(folder: Path) -> None:
     folder.mkdir()
-    encoder = Wav2Vec2Encoder(SPEECH)
-    (folder / "config.json").write_text(json.dumps(SPEECH.to_transformers().to_dict()))
+    encoder = Wav2Vec2Encoder(TINY_SPEECH)
+    (folder / "config.json").write_text(json.dumps(TINY_SPEECH.to_transformers().to_dict()))
     save_file(
         {f"wav2vec2.{k}": v.contiguous() for k, v in encoder.model.state_dict().items()}, folder / "model.safetensors"
     )
@@ -63,7 +60,7 @@ def write_published(root: Path) -> Path:
     base = root / published.BASE
     base.mkdir()
     torch.manual_seed(0)
-    dit = LiveAvatar(LiveAvatarConfig.from_published(DIT, audio_layers=SPEECH.states))
+    dit = LiveAvatar(LiveAvatarConfig.from_published(DIT, audio_layers=TINY_SPEECH.states))
     weights = {key: (0.2 * torch.randn_like(value)).bfloat16() for key, value in dit.state_dict().items()}
     keys, index = sorted(weights), {}
     for part in range(2):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.read import Bundle
 from kinora.checkpoints_tools.bundle.verify import sqnr, verify
 from kinora.checkpoints_tools.bundle.write import write_bundle
+from kinora.kernels.fp8_linear import Granularity
+from kinora.kernels.quantize_rows import quantize_fp8
 from kinora.runtime import load
 from kinora.runtime.bundles import export_bundle, verify_bundle
 from kinora.runtime.cli import main
 from kinora.runtime.errors import CheckpointError, InputError
 from safetensors.torch import load_file, save_file
 from small_model import write_model
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,53 @@ def test_sqnr_is_the_ratio_of_the_powers() -> None:
     wanted = 10 * torch.log10(weight.double().square().mean() / noise.square().mean())
     assert sqnr(quantised, scale, weight) == pytest.approx(float(wanted), abs=1e-3)
     assert sqnr(weight, torch.ones(1), weight) == float("inf")
+
+
+def zeroed(weight: Tensor, scale: Tensor) -> None:
+    weight.view(torch.uint8)[5] = 0
+
+
+def doubled(weight: Tensor, scale: Tensor) -> None:
+    scale[5] *= 2
+
+
+@pytest.mark.parametrize(("granularity", "change"), [("row", zeroed), ("row", doubled), ("tensor", zeroed)])
+def test_one_wrong_row_is_found(
+    granularity: Granularity, change: Callable[[Tensor, Tensor], None], tmp_path: Path
+) -> None:
+    """Among so many that the whole is within the limit."""
+    source = {"a": torch.randn(512, 64), "w": torch.randn(512, 64), "n": torch.randn(9)}
+    source["w"][7] *= 2.0**-16  # nothing but rounding to zero is left of it with one scale for all
+    weight, scale = quantize_fp8(source["w"], granularity)
+    tensors = source | {"w": weight, "w_descale": scale}
+    sound = Bundle.open(write_bundle(tmp_path / "sound", {"dit": tensors}, {"model": "x"}))
+    assert verify(sound, {"dit": source}).problems == []
+    change(weight, scale)
+    found = verify(Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"})), {"dit": source})
+    assert found.sqnr["dit.w"] > 20
+    (problem,) = found.problems
+    assert problem.startswith("dit.w: row 5 is ") and problem.endswith(" dB from the source, below 20")
+    assert abs(float(problem.split()[4])) < 1
+
+
+def test_weights_are_compared_bit_by_bit(tmp_path: Path) -> None:
+    source = {"w": torch.tensor([1.0, 0.0]), "i": torch.arange(3)}
+    tensors = source | {"w": torch.tensor([1.0, -0.0])}
+    made = Bundle.open(write_bundle(tmp_path / "b", {"dit": tensors}, {"model": "x"}))
+    assert verify(made, {"dit": source}).problems == ["dit.w is not the source's"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        (torch.tensor([1000, 1]), torch.tensor([1000, 2]), "is not what the source gives"),
+        (torch.tensor([1000.0, 1.0]).double(), torch.tensor([1000.0, 1.01]).double(), "is not what the source gives"),
+    ],
+)
+def test_only_what_is_summed_may_differ(ours: Tensor, theirs: Tensor, told: str, tmp_path: Path) -> None:
+    made = Bundle.open(write_bundle(tmp_path / "b", {"tables": {"t": ours}}, {"model": "x"}))
+    assert verify(made, None, {"tables": {"t": theirs}}).problems == [f"tables.t {told}"]
+    assert not verify(made, None, {"tables": {"t": ours}}).problems
 
 
 def flip(path: Path, at: int) -> None:
@@ -114,8 +165,49 @@ def test_a_bundle_of_another_model_is_found(bundle: Path, tmp_path: Path) -> Non
     state["dit.blocks.0.ffn.0.weight"] = torch.randn_like(state["dit.blocks.0.ffn.0.weight"])
     save_file(state, other / "tiny.safetensors")
     problems = verify_bundle(bundle, source=other, device="cpu").problems
-    assert len(problems) == 2 and "dit.head.head.bias is not the source's" in problems
+    (file,) = [problem for problem in problems if problem.startswith("manifest.json and the source differ: ")]
+    assert re.search(r"sources\.1\.sha256 is \"[0-9a-f]+ \.\.\., not \"", file)
+    assert len(problems) == 3 and "dit.head.head.bias is not the source's" in problems
     assert any("dit.blocks.0.ffn.0.weight is" in problem and "dB from the source" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m["mode"].update(steps=5), ["mode.steps is 5, not 4"]),
+        (lambda m: m["mode"].update(near_distance=True), ["mode.near_distance is true, not 4"]),
+        (lambda m: m["mode"].pop("resink"), ["mode.resink is missing"]),
+        (lambda m: m["parts"]["dit"]["config"].update(eps=1e-5), ["parts.dit.config.eps is 1e-05, not 1e-06"]),
+        (lambda m: m["parts"]["vae"]["config"]["latent_mean"].pop(), ["vae.config.latent_mean has 3 entries, not 4"]),
+        (lambda m: m["parts"]["vae"].update(precision="float32"), ['parts.vae.precision is "float32", not "bfloat16"']),
+        (lambda m: m["parts"]["dit"]["fp8"]["layers"].pop(), ["parts.dit.fp8.layers has"]),
+        (lambda m: m["parts"]["text"].update(prompt="a person"), ['parts.text.prompt is "a person", not null']),
+        (lambda m: m["recipe"]["kept"].clear(), ["recipe.kept has 0 entries, not 5"]),
+        (lambda m: m.update(size=[64, 128], max_area=5), ["size.1 is 128, not 64", "max_area is 5, not "]),
+        (lambda m: m.update(sources=[]), ["sources has 0 entries, not 2"]),
+        (lambda m: m["sources"][0].update(size=1), ["sources.0.size is 1, not "]),
+        (lambda m: m.pop("sources"), ["sources is missing"]),
+        (lambda m: m["parts"].update({"\ud800": 1}), ["parts.\\ud800 is too much"]),
+    ],
+)
+def test_what_the_manifest_says_is_compared_with_the_source(
+    change: Callable[[dict], object], told: list[str], copy: Path, model: Path
+) -> None:
+    edit(copy, change)
+    problems = verify_bundle(copy, source=model, device="cpu").problems
+    assert len(problems) == len(told), problems
+    for problem, wanted in zip(problems, told, strict=True):
+        assert problem.startswith("manifest.json and the source differ: ") and wanted in problem
+    assert not verify_bundle(copy).problems  # no hash covers it
+
+
+def test_every_number_of_the_mode_is_compared(copy: Path, model: Path) -> None:
+    mode = json.loads((copy / "manifest.json").read_text())["mode"]
+    changed = {key: value + 1 for key, value in mode.items() if type(value) in (int, float)}
+    edit(copy, lambda manifest: manifest["mode"].update(changed))
+    problems = verify_bundle(copy, source=model, device="cpu").problems
+    assert len(changed) > 10 and len(problems) == len(changed)
+    assert all(any(f": mode.{name} is " in problem for problem in problems) for name in changed)
 
 
 # Damaged bundles are refused

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kinora.checkpoints_tools.bundle.read import Bundle
+from kinora.checkpoints_tools.bundle.verify import verify
 from kinora.checkpoints_tools.bundle.write import write_bundle
 from kinora.runtime.bundles import export_bundle, verify_bundle
 from kinora.runtime.cli import main
@@ -107,6 +108,17 @@ def test_other_results_are_found(
     assert any(problem.startswith(start) and end in problem for problem in problems), problems
     part = start.partition(".")[0].partition(":")[0]
     assert all(problem.startswith(part) for problem in problems)
+
+
+def test_one_row_of_a_result_is_found(tmp_path: Path) -> None:
+    """Among so many that the whole is within the limit of half precision."""
+    rows = torch.randn(1000, 16).bfloat16()
+    wrong = rows.clone()
+    wrong[321] = 0
+    made = Bundle.open(write_bundle(tmp_path / "b", {"text": {"rows": wrong}}, {"model": "x"}))
+    found = verify(made, None, {"text": {"rows": rows}})
+    assert found.recomputed["text"] < 5e-2
+    assert found.problems == ["text.rows: row 321 differs by 1.0e+00 from what the source gives (limit 1e-01)"]
 
 
 def test_rounding_of_another_device_is_no_problem(bundle: Path, published: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import mmap
+import os
 import resource
 import shutil
 import subprocess
@@ -172,10 +174,15 @@ def test_a_gpu_gets_the_bytes_of_the_file(bundle: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tensors_of_a_gpu_are_written_as_those_of_the_cpu(tmp_path: Path) -> None:
-    """Also while a stream of the caller's is still making them."""
+    """Also while a stream of the caller's is still making them, for half a second and more."""
     tensors = {f"w{i}": torch.randn(1 + i, 4000) for i in range(200)}
+    halves = {key: value.cuda() for key, value in tensors.items()}
+    torch.mul(halves["w0"], 2)  # a kernel that is loaded later would wait for the stream
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        on_gpu = {key: 2 * value.cuda(non_blocking=True) for key, value in tensors.items()}
+        torch.cuda._sleep(1_000_000_000)  # cycles
+        on_gpu = {key: 2 * value for key, value in halves.items()}
+        assert not torch.cuda.current_stream().query()
         made = write_bundle(tmp_path / "gpu", {"dit": on_gpu}, {"model": "x"})
     wanted = write_bundle(tmp_path / "cpu", {"dit": {key: 2 * value for key, value in tensors.items()}}, {"model": "x"})
     for name in ("dit.safetensors", "bundle.idx", "manifest.json"):
@@ -305,6 +312,53 @@ def test_a_write_that_fails_in_another_thread_leaves_nothing(tmp_path: Path, mon
     with pytest.raises(BundleError, match=r"could not be written \(No space left on device\)"):
         write_bundle(tmp_path / "b", {"dit": tensors}, {})
     assert left(tmp_path) == []
+
+
+def test_no_call_writes_more_than_a_system_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 GiB and more are refused by macOS; memory that nothing touches, and a write that stops short now and then."""
+    written: list[tuple[int, int]] = []
+
+    def pwrite(_: int, data: memoryview, offset: int) -> int:
+        assert len(data) < 1 << 31
+        written.append((offset, min(len(data), 700_000_000)))
+        return written[-1][1]
+
+    monkeypatch.setattr("os.pwrite", pwrite)
+    size = (1 << 31) + 5
+    with mmap.mmap(-1, size) as memory, memoryview(memory) as data:
+        write_at(0, data, 100)
+    assert [start for start, _ in written] == [100 + 700_000_000 * i for i in range(4)]
+    assert sum(count for _, count in written) == size
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, done = {"dit": {"w": torch.ones(3)}}, []
+    words = tmp_path / "words.json"
+    words.write_text("{}")
+    fsync, rename = os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        done.append(f"{target.name} is new" if target.name == "b" else "the old one is aside")
+        return rename(path, target)
+
+    if existing:
+        write_bundle(tmp_path / "b", tensors, {"model": "x"})
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    folder = write_bundle(
+        tmp_path / "b", tensors, {"model": "x"}, copies={"tokenizer/words.json": words}, overwrite=existing
+    )
+    before, after = done[: done.index("b is new")], done[done.index("b is new") :]
+    wanted = {path.relative_to(tmp_path): path.stat().st_ino for path in (folder, *folder.rglob("*"))}
+    assert len(wanted) == 7 and not [name for name, inode in wanted.items() if inode not in before]
+    assert tmp_path.stat().st_ino in after
 
 
 def test_tensors_are_copied_ahead_but_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

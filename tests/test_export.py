@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import left
 from kinora.graphs.export import Part, package, trace_decode
 from kinora.graphs.lowering import Lowered
 from kinora.graphs.models.liveavatar import RollingCache, ref_shift
@@ -21,7 +22,7 @@ from kinora.kernels.launch import flattened, traced_launches
 from kinora.kernels.registry import registry
 from kinora.runtime import load
 from kinora.runtime.cli import main
-from kinora.runtime.errors import InputError
+from kinora.runtime.errors import InputError, OutputError
 from kinora.runtime.export import PreparedStream, export, prepare, tolerance, traced
 from kinora.runtime.faces import draw_portrait
 from kinora.runtime.systems.liveavatar import LiveAvatarSystem
@@ -304,6 +305,11 @@ def test_a_package_decodes(tmp_path: Path) -> None:
         assert relative(frames, vae.decode_stream(latents, state)) < 1e-5
 
 
+def compiled(part: Part, path: Path) -> Path:
+    path.write_text("compiled")
+    return path
+
+
 def breaks(*_: object) -> float:
     raise RuntimeError("no such kernel")
 
@@ -324,23 +330,45 @@ def test_a_wrong_package_never_has_a_good_name(
     """Not while it is checked, not afterwards; and an older package does not stay beside the new stream."""
     seen = []
 
-    def write(part: Part, path: Path) -> Path:
-        path.write_text("compiled")
-        return path
-
     def check(*given: Any) -> float:
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
         return verify(*given) if given[2] == "decode" else 0.0
 
-    monkeypatch.setattr("kinora.runtime.export.package", write)
+    monkeypatch.setattr("kinora.runtime.export.package", compiled)
     monkeypatch.setattr("kinora.runtime.export.verify", check)
     (tmp_path / "decode.pt2").write_text("an older one")
     (tmp_path / "step.failed.pt2").write_text("an older one")
-    with pytest.raises(RuntimeError, match=rf"{tmp_path}/decode.failed.pt2 {told}.*; do not use it"):
+    with pytest.raises(OutputError, match=rf"{tmp_path}/decode.failed.pt2 {told}.*; do not use it") as caught:
         export(system, stream, tmp_path)
+    assert isinstance(caught.value.__cause__, RuntimeError) == (verify is breaks)
     assert seen == [["step.unchecked.pt2", "stream.pt"], ["decode.unchecked.pt2", "step.pt2", "stream.pt"]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.failed.pt2", "step.pt2", "stream.pt"]
     assert (tmp_path / "decode.failed.pt2").read_text() == "compiled"
+
+
+def test_memory_that_ends_says_nothing_against_a_package(
+    system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kinora.runtime.export.package", compiled)
+    monkeypatch.setattr("kinora.runtime.export.verify", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        export(system, stream, tmp_path, ("step",))
+    assert left(tmp_path) == ["step.unchecked.pt2", "stream.pt"]
+
+
+def test_one_part_leaves_no_older_package_of_the_other(
+    system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be of another size than the stream that lies beside it now."""
+    monkeypatch.setattr("kinora.runtime.export.package", compiled)
+    monkeypatch.setattr("kinora.runtime.export.verify", lambda *_: 0.0)
+    export(system, stream, tmp_path)
+    assert left(tmp_path) == ["decode.pt2", "step.pt2", "stream.pt"]
+    export(system, stream, tmp_path, ("step",))
+    assert left(tmp_path) == ["step.pt2", "stream.pt"]
 
 
 @pytest.mark.slow
@@ -375,6 +403,8 @@ def test_bad_input_is_one_line(
     assert "step.pt2 exists; pass --overwrite" in capsys.readouterr().err
     assert main([*command, "--part", "encode"]) == 2
     assert "'encode' is not one of 'step', 'decode', 'all'" in capsys.readouterr().err
+    assert main([*command, "--part", "decode"]) == 2  # step.pt2 would not fit its stream, and go
+    assert "step.pt2 exists; pass --overwrite" in capsys.readouterr().err
     monkeypatch.setattr("shutil.which", lambda _: None)
     assert main([*command, "--overwrite"]) == 2
     assert "there is no C++ compiler" in capsys.readouterr().err

@@ -3,30 +3,34 @@
 import json
 import struct
 from collections import Counter
+from collections.abc import Callable, KeysView
 from pathlib import Path
 
 import pytest
 import torch
-from kinora.checkpoints_tools.bundle.layout import PAD
+from kinora.checkpoints_tools.bundle.layout import PAD, SCALE_ENDING
 from kinora.checkpoints_tools.bundle.read import Bundle
 from kinora.checkpoints_tools.inspect import inspect_path
 from kinora.checkpoints_tools.read import UnreadableFile
+from kinora.checkpoints_tools.sources import Weights
 from kinora.runtime.bundles import export_bundle
 from kinora.runtime.cli import main
 from published_keys import LIVEAVATAR, LIVEAVATAR_LORA, Shapes, listed, transcribed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 SPEECH, VAE, TEXT = "wav2vec2_large_xlsr_53_english_ctc", "wan21_vae", "umt5_xxl_encoder"
 SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 def sparse(path: Path, shapes: Shapes, dtype: str = "BF16", short: int = 0, **metadata: str) -> Path:
-    """A safetensors file of the real shapes that takes no disk; `short` bytes are missing at its end."""
+    """A safetensors file of the real shapes that takes no disk; `short` bytes miss at its end. Scales are F32."""
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        size = SIZES[dtype] * torch.Size(shape).numel()
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        kind = "F32" if name.endswith(SCALE_ENDING) else dtype
+        size = SIZES[kind] * torch.Size(shape).numel()
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     header = json.dumps(table).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,13 +191,85 @@ def test_a_part_of_a_bundle_is_compared_with_what_is_published(tmp_path: Path) -
     scales = {f"{key}_descale": (shape[0], 1) for key, shape in shapes.items() if key.endswith("ffn.0.weight")}
     own = shapes | scales
     pads = {f"{PAD}{i}": (96,) for i in range(9)}
-    path = sparse(tmp_path / "dit.safetensors", own | pads, "F8_E4M3", kinora_part="dit", format="pt")
+    path = sparse(tmp_path / "dit.safetensors", own | pads, kinora_part="dit", format="pt")
     report = inspect_path(path)
     (file,) = report.files
     assert file.what.startswith("part dit of a bundle: Wan2.2-S2V-14B") and file.complete
     assert file.tensors == len(own) and len(scales) == 40 and report.systems == {}
     del own["blocks.7.ffn.0.weight"]  # its scales then belong to nothing
-    (file,) = inspect_path(sparse(path, own | pads, "F8_E4M3", kinora_part="dit")).files
+    (file,) = inspect_path(sparse(path, own | pads, kinora_part="dit")).files
     assert file.missing == ("blocks.7.ffn.0.weight",) and file.unexpected == ("blocks.7.ffn.0.weight_descale",)
     (file,) = inspect_path(sparse(path, shapes | pads)).files  # of no bundle: tensors like any other
     assert file.what.startswith("Wan2.2-S2V-14B") and len(file.unexpected) == 9
+
+
+@pytest.fixture
+def fp8_bundle(tmp_path: Path) -> Path:
+    return export_bundle("tiny", tmp_path / "b", precision="fp8", device="cpu")
+
+
+def changed(file: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A file of a bundle, written once more by the library with other tensors."""
+    state = {key: value for key, value in load_file(file).items() if not key.startswith(PAD)}
+    change(state)
+    save_file(state, file, {"kinora_part": file.stem, "format": "pt"})
+    return file
+
+
+LOST, SCALES = "blocks.1.ffn.0.weight", "blocks.1.ffn.0.weight_descale"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.pop(LOST), f"1 missing: {LOST}"),
+        (lambda state: state.pop(SCALES), f"1 missing: {SCALES}"),
+        (lambda state: state.update(more=torch.ones(2)), "1 unexpected: more"),
+        (
+            lambda state: state.update({"head.head.bias": torch.ones(3)}),
+            "1 of another shape or type: head.head.bias float32 [3], expected bfloat16 [",
+        ),
+    ],
+)
+def test_a_file_of_a_bundle_is_compared_with_the_index(
+    change: Callable[[dict[str, Tensor]], object], told: str, fp8_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed(fp8_bundle / "dit.safetensors", change)
+    assert main(["inspect", str(file)]) == 2
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_that_nothing_is_known_of_is_not_compared(fp8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its bundle's index; weights without their scales are found all the same."""
+    file, index = fp8_bundle / "dit.safetensors", fp8_bundle / "bundle.idx"
+    index.rename(fp8_bundle / "index")
+    (report,) = inspect_path(file).files
+    assert not (report.compared or report.complete or report.differences)
+    assert main(["inspect", str(file)]) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not compared" in out and "put the bundle's bundle.idx beside it" in out
+    (report,) = inspect_path(changed(file, lambda state: state.pop(SCALES))).files
+    assert report.missing == (SCALES,)
+    index.write_bytes(b"not an index")
+    (report,) = inspect_path(file).files
+    assert "bundle.idx: 12 bytes cannot be an index" in report.trouble
+    (fp8_bundle / "index").rename(index)
+    (report,) = inspect_path(sparse(fp8_bundle / "x.safetensors", {"w": (2,)}, kinora_part="x")).files
+    assert "bundle.idx knows no x.safetensors" in report.trouble
+
+
+def test_names_are_looked_up_and_not_gone_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of all names for every name would take as long as their square."""
+    listings = 0
+
+    class Counting(Weights):
+        def keys(self) -> KeysView[str]:
+            nonlocal listings
+            listings += 1
+            return super().keys()
+
+    monkeypatch.setattr("kinora.checkpoints_tools.inspect.Weights", Counting)
+    names = {f"layer.{i}.weight": (2, 2) for i in range(300)}
+    path = sparse(tmp_path / "dit.safetensors", names, kinora_part="dit")
+    (report,) = inspect_path(path).files
+    assert report.tensors == 300 and listings < 10

@@ -257,13 +257,20 @@ def _check_scale(tensor: TensorRecord, tensors: Sequence[TensorRecord], need: Ne
     )
 
 
-def read_index(folder: Path) -> Index:
-    """The index of a bundle, checked also against the sizes of its files. Raises BundleError."""
-    path = folder / INDEX_FILE
+def parse_file(path: Path) -> Index:
+    """The index of a file, of which every rule is checked. Raises BundleError."""
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise BundleError(f"{path} is larger than any index")
-        index = parse(path.read_bytes(), str(path))
+        return parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a bundle, checked also against the sizes of its files. Raises BundleError."""
+    index = parse_file(folder / INDEX_FILE)
+    try:
         for file in index.files:
             size = (folder / file.name).stat().st_size
             if size != file.size:
@@ -273,5 +280,5 @@ def read_index(folder: Path) -> Index:
             if length + 8 != file.data_offset:
                 raise BundleError(f"{folder / file.name} has a header of {length} bytes, not as its index says")
     except OSError as error:
-        raise BundleError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+        raise BundleError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
     return index

@@ -20,8 +20,10 @@ from .write import file_sha256
 
 LEAST_SQNR = 20.0  # dB; e4m3 with a scale a channel gives about 31 on weights that are normally distributed
 NUMBERS_AT_ONCE = 1 << 24
-LARGEST_ERROR = {torch.float32: 1e-4}  # relative L2, of what another device computed once more
-LARGEST_ROUNDED_ERROR = 5e-2  # the same in half precision, through all layers of a text encoder
+SMALLEST_E4M3 = 2.0**-9  # below the normal numbers its values are as far apart
+# Relative L2, of what another device computed once more; in half precision through all layers of a text encoder.
+LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+ONE_ROW = 2.0  # times as much may be the error of a single row
 
 
 @dataclass
@@ -52,8 +54,9 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 def verify(bundle: Bundle, source: Parts | None = None, recomputed: Parts | None = None) -> Verification:
     """Read every byte of a bundle and check it; `source`: part -> key -> tensor that parts should have been made of.
 
-    A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR. `recomputed`: likewise for
-    parts that hold results and no weights; sums in another order may differ by LARGEST_ERROR.
+    A tensor of the source's dtype must be equal to it, a quantised one reach LEAST_SQNR, as a whole and in every row.
+    `recomputed`: likewise for parts that hold results and no weights; sums in another order may differ by
+    LARGEST_ERROR, a single row by ONE_ROW times that, and other dtypes not at all.
     """
     found = Verification()
     _check_hashes(bundle, found)
@@ -170,11 +173,32 @@ def _compare(
     """The tensors of a part with those that it was made of."""
     for key, ours, theirs in _pairs(part, {key: tensors[key] for key in tensors if key not in used}, source, found):
         if key in scales:
-            noise = sqnr(ours, tensors[scales[key].removeprefix(f"{part}.")], theirs)
-            found.sqnr[f"{part}.{key}"] = noise
-            found.need(noise >= LEAST_SQNR, f"{part}.{key} is {noise:.1f} dB from the source, below {LEAST_SQNR:g}")
+            scale = tensors[scales[key].removeprefix(f"{part}.")]
+            signal, noise = _row_powers(ours, scale, theirs)
+            whole = _decibels(float(signal.sum()), float(noise.sum()))
+            found.sqnr[f"{part}.{key}"] = whole
+            told = f"dB from the source, below {LEAST_SQNR:g}"
+            if whole < LEAST_SQNR:
+                found.problems.append(f"{part}.{key} is {whole:.1f} {told}")
+            elif (row := _noisy_row(signal, noise, scale, ours.numel())) is not None:
+                found.problems.append(
+                    f"{part}.{key}: row {row} is {_decibels(float(signal[row]), float(noise[row])):.1f} {told}"
+                )
         else:
-            found.need(ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"{part}.{key} is not the source's")
+            found.need(_same_bits(ours, theirs), f"{part}.{key} is not the source's")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtypes and bytes, of tensors of one shape: other than for `torch.equal`, -0.0 is not 0.0."""
+    return a.dtype == b.dtype and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _noisy_row(signal: Tensor, noise: Tensor, scale: Tensor, count: int) -> int | None:
+    """The row furthest from the source of those that are further than LEAST_SQNR; powers [N] of a weight of `count`
+    values. What e4m3 rounds to its smallest numbers is allowed: with one scale for all, a row may be that small."""
+    smallest = count / max(1, len(signal)) * (scale.double().reshape(-1) * SMALLEST_E4M3 / 2).square()
+    excess = noise / (signal * 10 ** (-LEAST_SQNR / 10) + smallest)
+    return int(excess.argmax()) if len(excess) and not bool((excess <= 1).all()) else None
 
 
 def _pairs(
@@ -200,23 +224,46 @@ def _compare_results(
         if ours.dtype != theirs.dtype:
             found.problems.append(f"{part}.{key} has dtype {ours.dtype}, the source {theirs.dtype}")
             continue
-        difference = float((ours.double() - theirs.double()).norm())
-        error = difference / max(float(theirs.double().norm()), 1e-30)
-        limit = LARGEST_ERROR.get(ours.dtype, LARGEST_ROUNDED_ERROR)
-        told = f"differs by {error:.1e} from what the source gives (limit {limit:.0e})"
-        found.need(error <= limit, f"{part}.{key} {told}")
+        if ours.dtype not in LARGEST_ERROR:
+            found.need(_same_bits(ours, theirs), f"{part}.{key} is not what the source gives")
+            continue
+        error, limit = float(_relative(ours.reshape(1, -1), theirs.reshape(1, -1))), LARGEST_ERROR[ours.dtype]
+        told = "from what the source gives (limit"
+        if not error <= limit:  # nor NaN
+            found.problems.append(f"{part}.{key} differs by {error:.1e} {told} {limit:.0e})")
+        elif ours.ndim > 1 and ours.numel():
+            rows = _relative(ours.flatten(0, -2), theirs.flatten(0, -2))
+            row, limit = int(rows.argmax()), ONE_ROW * limit
+            found.need(
+                float(rows[row]) <= limit, f"{part}.{key}: row {row} differs by {rows[row]:.1e} {told} {limit:.0e})"
+            )
         errors.append(error)
     return max(errors)
 
 
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Relative L2 error of each row: [N, K], [N, K] -> float64 [N]."""
+    return (ours.double() - theirs.double()).norm(dim=1) / theirs.double().norm(dim=1).clamp(min=1e-30)
+
+
 def sqnr(quantised: Tensor, scale: Tensor, original: Tensor) -> float:
     """Signal to quantisation noise in dB of a weight [N, ...] with scales [1] or [N, 1]; infinite when it is exact."""
-    signal = noise = 0.0
+    signal, noise = _row_powers(quantised, scale, original)
+    return _decibels(float(signal.sum()), float(noise.sum()))
+
+
+def _row_powers(quantised: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares of each row, float64 [N]: of a weight, and of what its quantisation added."""
+    signal, noise = torch.zeros(2, original.shape[0], dtype=torch.float64)
     for piece in _pieces(original):
         factor = scale if scale.numel() == 1 else scale[piece].reshape(-1, *(1,) * (original.ndim - 1))
         wide = original[piece].float()
-        signal += float(wide.double().square().sum())
-        noise += float((quantised[piece].float() * factor - wide).double().square().sum())
+        signal[piece] = wide.double().square().unsqueeze(-1).flatten(1).sum(1)
+        noise[piece] = (quantised[piece].float() * factor - wide).double().square().unsqueeze(-1).flatten(1).sum(1)
+    return signal, noise
+
+
+def _decibels(signal: float, noise: float) -> float:
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

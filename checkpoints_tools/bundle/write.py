@@ -9,7 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ AHEAD = 3  # tensors that are copied from their device while one is hashed, and 
 WORKERS = 2 * AHEAD + 1  # one more for flushing
 HASHERS = 8  # files
 FLUSHED_AT_ONCE = 1 << 29  # bytes
+WRITTEN_AT_ONCE = 1 << 30  # bytes of one call; macOS refuses 2 GiB
 
 
 def write_bundle(
@@ -99,6 +100,8 @@ def _folder(folder: Path, needed: int) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
         _replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,9 +111,20 @@ def _folder(folder: Path, needed: int) -> Iterator[Path]:
         raise
 
 
+def _flush(path: Path) -> None:
+    """To the disk: what is renamed must not be empty after a power failure. Not all systems can do this of a folder."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _replace(partial: Path, folder: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
+        _flush(folder.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     folder.rename(old)  # an empty folder is replaced
@@ -119,6 +133,7 @@ def _replace(partial: Path, folder: Path) -> None:
     except BaseException:
         old.rename(folder)
         raise
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -193,7 +208,7 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at byte `offset` of a file. Raises OSError."""
     rest = memoryview(data)
     while rest:
-        count = os.pwrite(descriptor, rest, offset)
+        count = os.pwrite(descriptor, rest[:WRITTEN_AT_ONCE], offset)
         rest, offset = rest[count:], offset + count
 
 

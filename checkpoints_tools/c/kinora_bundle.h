@@ -21,8 +21,9 @@
  *
  * Files are mapped with POSIX mmap. With -DKINORA_BUNDLE_READ they are read into memory instead (fopen, fread), for
  * systems without mmap and for tools that check memory; tensors are then aligned as malloc aligns. On Windows that is
- * the only way. Either way a file must fit into the address space: where pointers have 32 bits, 2 GB. A bundle with a
- * larger one is refused with KINORA_NO_MEMORY; KINORA_LARGEST_FILE, in bytes, may be defined smaller.
+ * the only way. Either way a weight file must fit into the address space: where pointers have 32 bits, 2 GB. A bundle
+ * with a larger one is refused with KINORA_NO_MEMORY; KINORA_LARGEST_FILE, in bytes, may be defined smaller. It says
+ * nothing of the index, which has 256 MiB at most.
  * The format is docs/bundles.md. Apache License 2.0.
  */
 #ifndef KINORA_BUNDLE_H
@@ -52,7 +53,7 @@ typedef enum kinora_status {
     KINORA_BAD_INDEX = 2,    /* bundle.idx breaks a rule of the format */
     KINORA_BAD_FILE = 3,     /* a weight file is not the one that the index describes */
     KINORA_BAD_CHECKSUM = 4, /* bytes differ from those that were written */
-    KINORA_NO_MEMORY = 5,    /* or a file is larger than this program can address */
+    KINORA_NO_MEMORY = 5,    /* or a weight file is larger than this program can address */
     KINORA_NOT_FOUND = 6     /* there is no tensor of that name or number */
 } kinora_status;
 
@@ -251,8 +252,8 @@ static uint32_t kinora__crc(const kinora_bundle *b, const unsigned char *p, uint
 #define kinora__tell ftell
 #endif
 
-/* A whole file of up to `largest` bytes, which is no more than KINORA_LARGEST_FILE. An empty one is refused: nothing of
- * a bundle is empty. */
+/* A whole file of up to `largest` bytes, which fit into the address space: KINORA__MAX_INDEX for the index, at most
+ * KINORA_LARGEST_FILE for a weight file. An empty one is refused: nothing of a bundle is empty. */
 static kinora_status kinora__map(const char *path, uint64_t largest, kinora__memory *memory, kinora_error *error) {
 #if defined(KINORA_BUNDLE_READ)
     FILE *file = fopen(path, "rb");

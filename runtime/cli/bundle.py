@@ -77,8 +77,8 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Read every byte of a bundle: hashes, checksums, index against weight files, finite values; with --source also
-    that the weights are the source's, what quantisation cost, as signal to noise (SQNR) in dB, and that the source
-    computes the rows of a fixed prompt and the folded tables.
+    that the weights are the source's, what quantisation cost, as signal to noise (SQNR) in dB, that the source
+    computes the rows of a fixed prompt and the folded tables, and that the manifest describes the source.
 
     kinora bundle verify tiny-bundle --source tiny
     """

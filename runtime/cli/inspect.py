@@ -30,7 +30,8 @@ def inspect(
 ) -> None:
     """Show of each weight file what it is, its size and precision, and the tensors that are missing or too many.
 
-    Reads headers alone and downloads nothing. Exit code 2 when a file is damaged, unknown or incomplete.
+    Reads headers alone and downloads nothing. Exit code 2 when a file is damaged, unknown, incomplete, or has nothing
+    to be compared with.
 
     [bold]Examples[/]
 
@@ -60,6 +61,8 @@ def inspect(
     for file in report.files:
         if file.trouble:
             typer.echo(file.trouble)
+        elif not file.compared:
+            typer.echo(f"{file.name}: nothing says which tensors it should have; put the bundle's bundle.idx beside it")
         for wrong, names in file.differences.items():
             shown = names if full else names[:SHOWN]
             more = "" if len(shown) == len(names) else " ... (--full lists all)"
@@ -76,4 +79,6 @@ def _state(file: "FileReport") -> str:
     if not file.what:
         return "[yellow]unknown[/]"
     wrong = ", ".join(f"{len(names)} {wrong}" for wrong, names in file.differences.items())
-    return f"[red]{wrong}[/]" if wrong else "[green]complete[/]"
+    if wrong:
+        return f"[red]{wrong}[/]"
+    return "[green]complete[/]" if file.compared else "[yellow]not compared[/]"
