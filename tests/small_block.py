@@ -18,9 +18,9 @@ CONFIG = LiveAvatarConfig(
 MODE = GenerationMode(steps=2, cache_latents=6)
 
 
-def model(dtype: torch.dtype) -> LiveAvatar:
+def model(dtype: torch.dtype, config: LiveAvatarConfig = CONFIG) -> LiveAvatar:
     torch.manual_seed(0)
-    dit = LiveAvatar(CONFIG).eval().requires_grad_(False)
+    dit = LiveAvatar(config).eval().requires_grad_(False)
     for parameter in dit.parameters():
         parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
     return dit.to(dtype)
@@ -31,7 +31,7 @@ def latents(frames: int) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def blocks(count: int, actors: int = 1, pose: bool = False) -> list[tuple[Tensor, BlockInputs]]:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import small_block
 import torch
-from kinora.graphs.models.liveavatar import LiveAvatar, LiveAvatarConfig
+from kinora.graphs.models.liveavatar import LiveAvatar
 from kinora.graphs.models.liveavatar_memory import RingFormat
 from kinora.graphs.quantize import quantize_linears
 from kinora.runtime.placement.batched_steps import BatchedSteps
@@ -18,28 +19,17 @@ from kinora.runtime.placement.single import SingleDevice
 from kinora.runtime.placement.static_stream import BlockShape
 from kinora.runtime.systems.liveavatar_mode import GenerationMode
 from kinora.runtime.systems.liveavatar_step import BlockInputs
+from small_block import GRID, error, latents
 from torch import Tensor
 
-GRID = (8, 4)  # latent rows, columns
-CONFIG = LiveAvatarConfig(
-    dim=128, ffn_dim=192, num_heads=2, num_layers=2, text_dim=16, text_len=8, audio_dim=32, audio_layers=3,
-    audio_inject_layers=(0,),
-)  # fmt: skip
+CONFIG = replace(small_block.CONFIG, num_layers=2, audio_inject_layers=(0,))
 MODE = GenerationMode(steps=4, cache_latents=9)  # a ring of three blocks
 Block = tuple[Tensor, BlockInputs]
 Conditions = dict[int, tuple[Tensor, Tensor]]  # (reference, motion) by the number of the block before which it changes
 
 
 def model(dtype: torch.dtype = torch.float32) -> LiveAvatar:
-    torch.manual_seed(0)
-    dit = LiveAvatar(CONFIG).eval().requires_grad_(False)
-    for parameter in dit.parameters():
-        parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
-    return dit.to(dtype)
-
-
-def latents(frames: int) -> Tensor:
-    return torch.randn(1, 16, frames, *GRID)
+    return small_block.model(dtype, CONFIG)
 
 
 def blocks(count: int, actors: int = 1, pose: bool = False) -> list[Block]:
@@ -85,10 +75,6 @@ def batched(denoiser: BatchedSteps, inputs: Sequence[Block], given: Conditions, 
 
 def close(found: Sequence[Tensor], wanted: Sequence[Tensor], bound: float = 1e-5) -> bool:
     return len(found) == len(wanted) and all(error(*pair) < bound for pair in zip(found, wanted, strict=True))
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 @pytest.mark.parametrize(("actors", "pose"), [(1, False), (1, True), (2, False)])
