@@ -113,7 +113,8 @@ def test_a_session_hears_the_same_and_records_nothing_of_its_own(eager_lengths: 
 
 
 class Host(TorchDispatchMode):
-    """Notes every operation that touches the host's memory or reads a value."""
+    """Notes every operation that reads the host's memory, or copies or reads a value to there; a random number that
+    the host draws for itself (layer dropping, which inference ignores) is in no graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,8 +122,11 @@ class Host(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        if any(t.device.type == "cpu" for t in tensors) or "_local_scalar_dense" in str(func):
+        given, made = (
+            [leaf for leaf in tree_leaves(some) if isinstance(leaf, Tensor)] for some in ((args, kwargs), result)
+        )
+        on_host = any(t.device.type == "cpu" for t in (*given, *(made if given else ())))
+        if on_host or "_local_scalar_dense" in str(func):
             self.touched.append(str(func))
         return result
 

@@ -32,7 +32,8 @@ class Linear(nn.Linear):
 
 
 class PatchConv(nn.Conv3d):
-    """Convolution with kernel = stride; half precision rounds the float32 sum, adds the bias and rounds again."""
+    """Convolution with kernel = stride, as one product; half precision rounds the float32 sum, adds the bias and
+    rounds again."""
 
     compute_dtype: torch.dtype | None = None
 
@@ -40,13 +41,16 @@ class PatchConv(nn.Conv3d):
         super().__init__(in_channels, out_channels, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, D, F / pt, H / ph, W / pw]; remainders are dropped."""
+        """[B, C, F, H, W] -> [B, D, F / pt, H / ph, W / pw], where D lies innermost; remainders are dropped."""
         dtype = self.compute_dtype or self.weight.dtype
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)  # type: ignore[union-attr]
-        if dtype == torch.float32:
-            return F.conv3d(x.to(dtype), weight, bias, self.stride)
-        total = F.conv3d(x.to(dtype).float(), weight.float(), None, self.stride).to(dtype)
-        return total + bias[:, None, None, None]
+        weight, bias = self.weight.to(dtype).flatten(1), self.bias.to(dtype)  # type: ignore[union-attr]
+        for axis, size in zip((2, 4, 6), self.kernel_size, strict=True):
+            patches = x.shape[axis] // size
+            x = x.narrow(axis, 0, patches * size).unflatten(axis, (patches, size))
+        rows = x.to(dtype).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, F / pt, H / ph, W / pw, C * pt * ph * pw]
+        whole = dtype == torch.float32  # in half precision the bias is no part of the sum
+        tokens = F.linear(rows, weight, bias) if whole else F.linear(rows, weight) + bias
+        return tokens.movedim(-1, 1)
 
 
 class RmsNorm(nn.Module):

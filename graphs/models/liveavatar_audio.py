@@ -19,7 +19,10 @@ AUDIO_FRAMES_PER_LATENT = 4
 
 
 class CausalConv1d(nn.Module):
-    """Convolution over time that sees only the past (the first frame repeated on the left); always in float32."""
+    """Convolution over time that sees only the past (the first frame repeated on the left); always in float32.
+
+    A block has so few frames that reading the weights is the work: as one product, where they lie.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1):
         super().__init__()
@@ -27,10 +30,11 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, ceil(T / stride), C']."""
-        conv = self.conv
-        padded = F.pad(x.transpose(1, 2), (conv.kernel_size[0] - 1, 0), mode="replicate")
+        conv, (kernel,), (stride,) = self.conv, self.conv.kernel_size, self.conv.stride
+        padded = torch.cat((x[:, :1].expand(-1, kernel - 1, -1), x), 1)
+        windows = padded.unfold(1, kernel, stride).flatten(2)  # [B, T', C * kernel]
         bias = None if conv.bias is None else conv.bias.float()
-        return F.conv1d(padded, conv.weight.float(), bias, conv.stride).transpose(1, 2)
+        return F.linear(windows, conv.weight.float().flatten(1), bias)
 
 
 class MotionEncoder(nn.Module):
@@ -53,12 +57,12 @@ class MotionEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, T, audio_dim] float32 -> local [N, F, num_token + 1, D], global [N, F, 1, D], F = ceil(T / 4)."""
-        heads = self.conv1_local(x).unflatten(-1, (self.num_token, -1))  # [N, T, n, D/4]
-        local = self._trunk(heads.transpose(1, 2).flatten(0, 1))  # [N*n, F, D]
-        local = local.unflatten(0, (-1, self.num_token)).transpose(1, 2)  # [N, F, n, D]
+        first = torch.cat((self.conv1_local(x), self.conv1_global(x)), -1).unflatten(-1, (self.num_token + 1, -1))
+        tokens = self._trunk(first.transpose(1, 2).flatten(0, 1))  # [N*(n+1), F, D]: its weights are read once
+        tokens = tokens.unflatten(0, (-1, self.num_token + 1)).transpose(1, 2)  # [N, F, n+1, D]
+        local, whole = tokens.split((self.num_token, 1), 2)
         padding = self.padding_tokens.float().expand(*local.shape[:2], 1, -1)
-        whole = self.final_linear(self._trunk(self.conv1_global(x)))[:, :, None]
-        return torch.cat((local, padding), 2), whole
+        return torch.cat((local, padding), 2), self.final_linear(whole)
 
 
 class CausalAudioEncoder(nn.Module):
