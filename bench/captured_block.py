@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..graphs import capture
 from ..graphs.capture import Pool, shared_pool
+from ..graphs.models.liveavatar import LIVEAVATAR_14B
 from ..graphs.models.liveavatar_memory import RingFormat
 from ..graphs.models.wan_vae import DecoderState, WanVae
 from ..runtime.placement.batched_steps import BatchedSteps
@@ -33,6 +35,18 @@ from .models import PUBLISHED, PUBLISHED_SIZE, ModelChoice
 from .state import BlockCase, release
 from .variants import running
 
+CONFIGS = {
+    "14b": LIVEAVATAR_14B,
+    "1.3b": replace(
+        LIVEAVATAR_14B,
+        dim=1536,
+        ffn_dim=8960,
+        num_heads=12,
+        num_layers=30,
+        audio_inject_layers=LIVEAVATAR_14B.audio_inject_layers[:8],
+    ),
+}
+"""LiveAvatar, and the same graph at the size of Wan 1.3B, where kernels are short."""
 FILL = 6  # blocks until the rings are full, and one more
 FRAMES = 12  # of a block
 
@@ -122,6 +136,7 @@ def decode_beside(vae: WanVae, case: BlockCase, latents: int, denoising: float, 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kinora.bench.captured_block", description=__doc__.split("\n\n")[0])
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
+    parser.add_argument("--config", choices=CONFIGS, default="14b", help="size of the transformer")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument(
         "--ring", choices=("auto", "plain", "fp8", "mixed", "joined"), default="auto", help="how caches are kept"
@@ -130,13 +145,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="with the captured VAE decoder")
     parser.add_argument("--decoded", type=int, default=3, help="latent frames that the decoder takes at once")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--separate-clears", action="store_true", help="library kernels keep the memset before each of them"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("captured_block: no GPU is visible", file=sys.stderr)
         return 2
+    capture.JOIN_CLEARS = not args.separate_clears
     stages = Stages()
-    choice = ModelChoice(PUBLISHED, args.precision, torch.device("cuda"))
+    choice = ModelChoice(PUBLISHED, args.precision, torch.device("cuda"), config=CONFIGS[args.config])
     system = choice.build()
     choice.quantize(system.dit)
     torch.cuda.empty_cache()
@@ -171,12 +190,14 @@ def main(argv: list[str] | None = None) -> int:
     made = [latents for latents in finished if latents is not None]
     times = time_calls(run, FILL + ahead, 8)
     median, unit = times[len(times) // 2], "tick" if args.batched else "block"
+    recording = block.replay.graph
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m kinora.bench.captured_block " + " ".join(argv if argv is not None else sys.argv[1:]),
         "gpu": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "captured": block.replay.graph is not None,
+        "captured": recording is not None,
+        "joined_clears": len(recording.counters or ()) if recording else 0,
         "stages": stages.rows + ready.rows,
         "seconds_to_ready": ready.seconds,
         f"{unit}_ms": spread(times),
@@ -194,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     report["reserved_gb"] = torch.cuda.memory_reserved() / 1e9
     _write(report, args.out)
     if args.check:
-        del block, run, program, pool  # the plain steps want the memory of the rings
+        del block, run, program, pool, recording  # the plain steps want the memory of the rings
         release()
         report["relative_l2_of_blocks"] = check(case, made)
         _write(report, args.out)

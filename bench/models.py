@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs.capture import Pool
-from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar
+from ..graphs.models.liveavatar import LIVEAVATAR_14B, LiveAvatar, LiveAvatarConfig
 from ..graphs.models.wan_vae import BF16_AUTOCAST, FLOAT32, WAN21_VAE, WanVae
 from ..graphs.quantize import quantize_linears
 from ..runtime import load
@@ -36,12 +36,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model, how precise, where: `size` (height, width) in pixels, None for the model's own."""
+    """Which model, how precise, where: `size` (height, width) in pixels, None for the model's own; `config` of random
+    weights."""
 
     name: str
     precision: Precision
     device: torch.device
     size: tuple[int, int] | None = None
+    config: LiveAvatarConfig = LIVEAVATAR_14B
 
     def __post_init__(self) -> None:
         if self.name == PUBLISHED and self.device.type != "cuda":
@@ -63,7 +65,7 @@ class ModelChoice:
             kept = "float32" if self.precision == "float32" else "bfloat16"
             return load(self.name, precision=kept, device=str(self.device)).system
         with drawn(self.dtype, self.device):
-            dit = inference(LiveAvatar(LIVEAVATAR_14B))
+            dit = inference(LiveAvatar(self.config))
         prompt = torch.randn(dit.config.text_len, dit.config.text_dim, device=self.device, dtype=self.dtype)
 
         speech = DrawnSpeech(self.dtype, self.device)

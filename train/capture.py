@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..graphs.capture import record
+from ..graphs.capture import Recording, record
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -21,7 +21,7 @@ class CapturedStep:
 
     def __init__(self, step: Step, device: torch.device, warmup: int = 3):
         self.step, self.device, self.warmup = step, device, warmup
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Recording | None = None
         self.inputs: list[Tensor] = []
         self.outputs: tuple[Tensor, ...] = ()
 

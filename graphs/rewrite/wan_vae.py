@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture import Pool, record
+from ..capture import Pool, Recording, record
 from ..models.wan_vae import WanVae
 from ..models.wan_vae_blocks import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
 from .wan_vae_stages import Attention, Down, Inlet, PixelHead, Residual, Room, Scratch, Stage, Up, WindowConv
@@ -33,7 +33,7 @@ class _Stream(ABC):
         self.capacity = capacity
         self.first = True
         self._final = final
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Recording | None = None
 
     def reset(self) -> None:
         """Start a new stream."""
