@@ -112,8 +112,8 @@ class Replay:
 
     `method` is bound to the object that owns this replay, which does not keep it alive: without a cycle of references
     its buffers are freed with the last one. It must do the same launches every time, and must not change what it reads
-    other than idempotently: it runs `WARM_UP` times before it is recorded. Where recording is impossible (no GPU, or an
-    operation that a graph cannot hold) every call runs it; a warning then says why.
+    other than idempotently: it runs `WARM_UP` times before it is recorded, and once after. Where recording is
+    impossible (no GPU, or an operation that a graph cannot hold) every call runs it; a warning then says why.
     """
 
     def __init__(self, method: Callable[[], None], device: torch.device, pool: Pool | None = None):

@@ -1,6 +1,6 @@
 """The nodes of a recorded CUDA graph, read and changed through the CUDA driver before the graph is instantiated.
 
-Source: "Graph Management" and "Execution Control" in NVIDIA's CUDA Driver API reference; structures as of CUDA 12.3,
+Source: "Graph Management" and "Execution Control" in NVIDIA's CUDA Driver API reference; structures as of CUDA 12.4,
 the first whose driver tells which bytes a kernel was given.
 Errors: RuntimeError for what the driver refuses, AttributeError from an older driver.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KERNEL, CLEAR = 0, 2  # of CUgraphNodeType; a memset of another value than zero is also of kind 2
+INVALID_VALUE = 1  # of CUresult
 BUFFER, BUFFER_SIZE, END = 1, 2, 0  # how a launch names a buffer with all of its parameters
 
 
@@ -167,7 +168,9 @@ class Nodes:
         if function not in self.layouts:
             describe = self.driver.cuFuncGetParamInfo if kernel.function else self.driver.cuKernelGetParamInfo
             offset, size, sizes = c_size_t(), c_size_t(), list[int]()
-            while describe(c_void_p(function), c_size_t(len(sizes)), byref(offset), byref(size)) == 0:
+            while not (code := describe(c_void_p(function), c_size_t(len(sizes)), byref(offset), byref(size))):
                 sizes.append(size.value)
+            if code != INVALID_VALUE:  # which says that there are no more
+                raise RuntimeError(f"the parameters of a kernel are not told: CUDA error {code}")
             self.layouts[function] = sizes
         return self.layouts[function]

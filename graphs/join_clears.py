@@ -22,8 +22,8 @@ from .graph_nodes import CLEAR, KERNEL, Clear, Nodes
 
 COUNTING = ("nvjet_", "cudnn_generated_fort_native_sdpa_")
 """How the names of kernels begin of which it is known that what is cleared before them is a counter of their own."""
-PITCH, WIDTH = 256, 128  # bytes from one counter to the next, and of them cleared; the others hold PATTERN
-LARGEST = 16  # bytes of a counter
+PITCH = 256  # bytes from one counter to the next
+LARGEST = 16  # bytes of a counter; the others hold PATTERN
 PATTERN = 0xAB
 WORD = 8
 
@@ -41,14 +41,18 @@ class Joined:
 class Counters:
     """The memory of the counters, to be kept as long as the graph."""
 
-    memory: Tensor  # uint8 [n, PITCH]
+    memory: Tensor  # uint8 [1 + n + 1, PITCH]; the first and the last row are no counters
 
     def __len__(self) -> int:
-        return len(self.memory)
+        return len(self.memory) - 2
+
+    def address(self, number: int) -> int:
+        return self.memory[1 + number].data_ptr()
 
     def kept(self) -> bool:
-        """Whether every kernel that ran so far kept to its counter."""
-        return bool((self.memory[:, WIDTH:] == PATTERN).all())
+        """Whether no kernel that ran so far wrote beside its counter, up to the next ones."""
+        untouched = self.memory == PATTERN
+        return bool(untouched[1:-1, LARGEST:].all() and untouched[[0, -1]].all())
 
 
 def join_clears(nodes: Nodes, device: torch.device) -> Counters | None:
@@ -57,17 +61,17 @@ def join_clears(nodes: Nodes, device: torch.device) -> Counters | None:
     joined = find(nodes, chain)
     if not joined:
         return None
-    memory = torch.full((len(joined), PITCH), PATTERN, dtype=torch.uint8, device=device)
-    for row, found in enumerate(joined):
+    counters = Counters(torch.full((len(joined) + 2, PITCH), PATTERN, dtype=torch.uint8, device=device))
+    for number, found in enumerate(joined):
         pieces, (piece, at) = nodes.arguments(found.kernel), found.place
-        own = (memory.data_ptr() + row * PITCH).to_bytes(WORD, "little")
+        own = counters.address(number).to_bytes(WORD, "little")
         pieces[piece] = pieces[piece][:at] + own + pieces[piece][at + WORD :]
         nodes.set_arguments(found.kernel, pieces)
         nodes.remove(found.clear)
     removed = {found.clear for found in joined}
     first = next(node for node in chain if node not in removed)
-    nodes.connect(nodes.add_clear(memory.data_ptr(), len(joined), WIDTH, PITCH), first)
-    return Counters(memory)
+    nodes.connect(nodes.add_clear(counters.address(0), len(joined), LARGEST, PITCH), first)
+    return counters
 
 
 def chain_of(nodes: Nodes) -> list[int]:

@@ -75,7 +75,8 @@ def batched(denoiser: BatchedSteps, inputs: Sequence[Block], given: Conditions, 
 
 
 def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return max(error(*pair) for pair in zip(found, wanted, strict=True))
+    """The largest error of them; NaN if one is."""
+    return float(torch.tensor([error(*pair) for pair in zip(found, wanted, strict=True)]).max())
 
 
 @pytest.mark.parametrize(("actors", "pose"), [(1, False), (1, True), (2, False)])

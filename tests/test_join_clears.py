@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kinora.graphs import capture
 from kinora.graphs.capture import Replay
 from kinora.graphs.graph_nodes import CLEAR, KERNEL, Clear
-from kinora.graphs.join_clears import COUNTING, PITCH, WIDTH, Counters, chain_of, find, join_clears
+from kinora.graphs.join_clears import COUNTING, LARGEST, PATTERN, PITCH, Counters, chain_of, find, join_clears
 
 COUNTS = COUNTING[0] + "128x128"
 COPY = 1  # the kind of a node that is neither
@@ -35,7 +35,7 @@ def clear(address: int, size: int = 4, rows: int = 1, value: int = 0) -> Node:
 
 
 def kernel(*words: int, name: str = COUNTS) -> Node:
-    return Node(KERNEL, name=name, words=(77, *words))
+    return Node(KERNEL, name=name, words=(7, *words))
 
 
 @dataclass
@@ -119,11 +119,11 @@ def test_counters_are_joined() -> None:
     chain = clear(64), kernel(64, 500), kernel(500, name="norm"), clear(64), kernel(64, 500)
     graph = FakeNodes.chain(*chain)
     counters = join_clears(graph, CPU)  # type: ignore[arg-type]
-    assert counters is not None and counters.memory.shape == (2, PITCH) and counters.kept()
+    assert counters is not None and counters.memory.shape == (4, PITCH) and counters.kept()
     order = chain_of(graph)  # type: ignore[arg-type]
     assert [graph.kind(node) for node in order] == [CLEAR, KERNEL, KERNEL, KERNEL]
     own = [graph.nodes[node].words[1] - counters.memory.data_ptr() for node in (order[1], order[3])]
-    assert own == [0, PITCH] and graph.nodes[order[1]].words[2] == 500
+    assert own == [PITCH, 2 * PITCH] and graph.nodes[order[1]].words[2] == 500
     assert seen(graph) == seen(FakeNodes.chain(*chain))
 
 
@@ -158,9 +158,11 @@ def test_a_later_clear_ends_what_can_be_read() -> None:
 
 
 def test_a_graph_that_is_no_chain_stays() -> None:
-    graph = FakeNodes.chain(clear(64), kernel(64), kernel(8))
-    graph.edges.add((1, 3))
-    assert join_clears(graph, CPU) is None  # type: ignore[arg-type]
+    for fork in ((1, 4), (2, 4)):
+        graph = FakeNodes.chain(clear(64), kernel(64), kernel(8))
+        graph.nodes[4] = kernel(64, name="reads a maximum")
+        graph.edges.add(fork)
+        assert join_clears(graph, CPU) is None  # type: ignore[arg-type]
     assert join_clears(FakeNodes({}), CPU) is None  # type: ignore[arg-type]
 
 
@@ -184,10 +186,59 @@ def test_a_kernel_that_leaves_its_counter_is_noticed() -> None:
     graph = FakeNodes.chain(clear(64), kernel(64))
     counters = join_clears(graph, CPU)  # type: ignore[arg-type]
     assert isinstance(counters, Counters)
-    counters.memory[0, :WIDTH] = 1
-    assert counters.kept()
-    counters.memory[0, WIDTH] = 0
-    assert not counters.kept()
+    counters.memory[1, :LARGEST] = 1
+    assert len(counters) == 1 and counters.kept()
+    for row, byte in ((0, PITCH - 1), (1, LARGEST), (1, PITCH - 1), (2, 0)):
+        counters.memory[row, byte] = 0
+        assert not counters.kept()
+        counters.memory[row, byte] = PATTERN
+
+
+class FakeGraph:
+    """What a recording needs of `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def raw_cuda_graph(self) -> int:
+        return 0
+
+    def instantiate(self) -> None:
+        self.done.append("instantiate")
+
+    def replay(self) -> None:
+        self.done.append("replay")
+
+
+def counters_of(kept: bool) -> Counters:
+    memory = torch.full((3, PITCH), PATTERN, dtype=torch.uint8)
+    memory[1, LARGEST] = PATTERN if kept else 0
+    return Counters(memory)
+
+
+def test_a_recording_is_tried_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, counters = FakeGraph(), counters_of(kept=True)
+    monkeypatch.setattr(capture, "Nodes", lambda address: None)
+    monkeypatch.setattr(capture, "join_clears", lambda nodes, device: counters)
+    recording = capture._joined(graph, CPU)  # type: ignore[arg-type]
+    assert recording is not None and recording.counters is counters and graph.done == ["instantiate", "replay"]
+
+
+@pytest.mark.parametrize(
+    "problem", [AttributeError("cuFuncGetName"), OSError("libcuda"), RuntimeError("refused"), None]
+)
+def test_what_cannot_be_joined_is_recorded_as_it_is(monkeypatch: pytest.MonkeyPatch, problem: Exception | None) -> None:
+    """An older driver, none, one that refuses; and a kernel that writes beside its counter."""
+
+    def join(nodes: object, device: torch.device) -> Counters:
+        if problem is not None:
+            raise problem
+        return counters_of(kept=False)
+
+    monkeypatch.setattr(capture, "Nodes", lambda address: None)
+    monkeypatch.setattr(capture, "join_clears", join)
+    with pytest.warns(UserWarning, match="one by one"):
+        assert capture._joined(FakeGraph(), CPU) is None  # type: ignore[arg-type]
 
 
 class Products:

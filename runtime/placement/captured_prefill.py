@@ -89,7 +89,7 @@ class CapturedPrefill:
         self.replay.record()
 
     def _tokens(self) -> Tensor:
-        """[1, C, D]; outside of the program, so that its passes make no float32 copy of the convolutions' weights."""
+        """[1, C, D]; outside of the program, whose passes have nothing to do in it."""
         return self.dit.join_condition(*self.dit.embed_condition(self.reference, self.motion))
 
     def _run(self) -> None:
