@@ -51,16 +51,18 @@ class Scaling:
     """What the product of the factors is multiplied by where the file itself has no `.alpha`.
 
     `alpha` None stands for the rank, i.e. a scale of one; `by_root` divides by the root of the rank (rsLoRA);
-    `patterns` gives modules whose path ends in the pattern (a regular expression) an alpha of their own.
+    `patterns` gives modules whose path, in our names or in the file's, ends in the pattern (a regular expression) an
+    alpha of their own.
     """
 
     alpha: float | None = None
     by_root: bool = False
     patterns: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, module: str, rank: int) -> float:
-        """alpha / rank of a module."""
-        own = next((a for p, a in self.patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), self.alpha)
+    def of(self, rank: int, *names: str) -> float:
+        """alpha / rank of the module that has these names."""
+        matching = (a for p, a in self.patterns.items() if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names))
+        own = next(matching, self.alpha)
         return 1.0 if own is None else own / (math.sqrt(rank) if self.by_root else rank)
 
     @classmethod
@@ -165,6 +167,7 @@ def read_lora(
     known = list(parameters)
     names, scaling = Names(known, keymap), scaling or Scaling()
     factors: dict[str, dict[str, Tensor]] = {}
+    theirs: dict[str, str] = {}  # how the file calls a layer, which is how its configuration does
     alphas: dict[str, float] = {}
     differences: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
@@ -175,7 +178,8 @@ def read_lora(
         name = without_prefix(key)
         if found := split_ending(name, FACTORS):
             if ours := names.find(f"{found[0]}.weight"):
-                sides = factors.setdefault(ours.removesuffix(".weight"), {})
+                module = ours.removesuffix(".weight")
+                theirs[module], sides = found[0], factors.setdefault(module, {})
                 if found[1] in sides:
                     raise KeyError(f"{key} stands for {ours} a second time; take one of the two out of the file")
                 sides[found[1]] = value
@@ -204,7 +208,7 @@ def read_lora(
     adapters = {}
     for module, sides in factors.items():
         rank = sides["A"].shape[0]
-        scale = alphas[module] / rank if module in alphas else scaling.of(module, rank)
+        scale = alphas[module] / rank if module in alphas else scaling.of(rank, theirs[module], module)
         adapters[module] = Adapter(sides["A"], sides["B"], scale)
     return Lora(adapters, differences, replaced)
 

@@ -93,15 +93,20 @@ def test_a_configuration_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of a LoRA"):
         Scaling.beside(file)
     path.unlink()
-    assert Scaling.beside(file) == Scaling() and Scaling().of("blocks.0.q", 4) == 1.0
+    assert Scaling.beside(file) == Scaling() and Scaling().of(4, "blocks.0.q") == 1.0
 
 
 def test_the_configuration_that_diffusers_keeps_in_the_file(tmp_path: Path) -> None:
+    """Its patterns are in diffusers' names, as the factors beside it are."""
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    kept = {"transformer.r": 4, "transformer.lora_alpha": 32, "transformer.alpha_pattern": {"o": 8}}
-    save_file({"x": torch.ones(1)}, file, {"lora_adapter_metadata": json.dumps(kept)})
-    scaling = Scaling.beside(file)
-    assert scaling.of("blocks.0.self_attn.q", 4) == 8.0 and scaling.of("blocks.0.self_attn.o", 4) == 2.0
+    kept = {"transformer.r": 2, "transformer.lora_alpha": 32, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 8}}
+    factors = {"lora_A.weight": torch.ones(2, 24), "lora_B.weight": torch.ones(24, 2)}
+    layers = ("to_q", "to_k")
+    state = {f"transformer.blocks.0.attn1.{layer}.{side}": v for layer in layers for side, v in factors.items()}
+    save_file({k: v.clone() for k, v in state.items()}, file, {"lora_adapter_metadata": json.dumps(kept)})
+    lora = read_lora(state, base().state_dict(), Scaling.beside(file), WAN_DIFFUSERS)
+    scales = {module: adapter.scale for module, adapter in lora.adapters.items()}
+    assert scales == {"blocks.0.self_attn.q": 4.0, "blocks.0.self_attn.k": 16.0}
 
 
 def test_a_layer_that_stands_twice_is_refused() -> None:
