@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .keymaps import KeyMap
 
 SHOWN = 12
+MISFIT = "of another shape or type"
 
 
 class KeyMismatch(ValueError):
@@ -17,16 +18,24 @@ class KeyMismatch(ValueError):
         self.missing, self.unexpected, self.misshaped = missing, unexpected, misshaped
         parts = [
             f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{' ...' if len(keys) > SHOWN else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+            for what, keys in (("missing", missing), ("unexpected", unexpected), (MISFIT, misshaped))
             if keys
         ]
         super().__init__(f"the weights are not those of the {name}; {'; '.join(parts)}; check which file this is")
 
 
+def misfit(value: Tensor, wanted: Tensor) -> str:
+    """What is wrong with a tensor in the place of `wanted`; empty when it fits."""
+    if value.is_floating_point() != wanted.is_floating_point():
+        return f"{value.dtype} {list(value.shape)}, expected {wanted.dtype} {list(wanted.shape)}"
+    return "" if value.shape == wanted.shape else f"{list(value.shape)}, expected {list(wanted.shape)}"
+
+
 def map_names(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], keymap: KeyMap) -> dict[str, Tensor]:
     """`state` in our names, compared with the tensors `wanted` of a module; both may lie on the meta device.
 
-    Parameters that the table calls optional may be absent from the result. Raises KeyMismatch.
+    Floating tensors may have any precision. Parameters that the table calls optional may be absent from the result.
+    Raises KeyMismatch.
     """
     mapped, unexpected = keymap.apply(state)
 
@@ -35,11 +44,8 @@ def map_names(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], keymap:
 
     missing = [published(key) for key in wanted if key not in mapped and key not in keymap.optional]
     unexpected += [published(key) for key in mapped if key not in wanted]
-    misshaped = [
-        f"{published(key)} {list(value.shape)}, expected {list(wanted[key].shape)}"
-        for key, value in mapped.items()
-        if key in wanted and value.shape != wanted[key].shape
-    ]
+    pairs = ((published(key), value, wanted[key]) for key, value in mapped.items() if key in wanted)
+    misshaped = [f"{name} {wrong}" for name, value, other in pairs if (wrong := misfit(value, other))]
     if missing or unexpected or misshaped:
         raise KeyMismatch(keymap.name, list(dict.fromkeys(missing)), list(dict.fromkeys(unexpected)), misshaped)
     return mapped

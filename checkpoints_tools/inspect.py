@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .assign import MISFIT
 from .bundle.format import INDEX_FILE, WEIGHTS_ENDING, BundleError, parse_file
 from .bundle.layout import PAD, PART_KEY, SCALE_ENDING
 from .published.catalogue import ALSO, SYSTEMS
@@ -57,7 +58,7 @@ class FileReport:
     @property
     def differences(self) -> dict[str, tuple[str, ...]]:
         """What is wrong with its tensors -> their names."""
-        found = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or type": self.misshaped}
+        found = {"missing": self.missing, "unexpected": self.unexpected, MISFIT: self.misshaped}
         return {wrong: names for wrong, names in found.items() if names}
 
     @property

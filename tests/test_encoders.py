@@ -92,13 +92,18 @@ def test_mismatches_are_listed_by_their_published_names() -> None:
     state = published(encoder.model, UMT5)
     del state["blocks.1.attn.k.weight"]
     state["blocks.0.norm1.weight"] = torch.ones(5)
+    state["blocks.1.norm1.weight"] = torch.ones(16, dtype=torch.int8)
+    state["norm.weight"] = torch.ones(16).half()  # another precision is no misfit
     state["blocks.7.norm2.weight"] = torch.ones(16)
     state["decoder.x"] = torch.ones(1)
     with pytest.raises(KeyMismatch) as caught:
         assign_state(encoder.model, state, UMT5)
     assert caught.value.missing == ["blocks.1.attn.k.weight"]
     assert caught.value.unexpected == ["decoder.x", "blocks.7.norm2.weight"]
-    assert caught.value.misshaped == ["blocks.0.norm1.weight [5], expected [16]"]
+    assert sorted(caught.value.misshaped) == [
+        "blocks.0.norm1.weight [5], expected [16]",
+        "blocks.1.norm1.weight torch.int8 [16], expected torch.float32 [16]",
+    ]
     assert "blocks.1.attn.k.weight" in str(caught.value)
 
 

@@ -104,6 +104,17 @@ def test_nothing_but_names_is_read_of_a_wrong_file(files: tuple[Path, Path], mon
         load_module(toy, weights, SameNames("toy"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({key: value.to(dtype) for key, value in Toy().state_dict().items()}, tmp_path / "toy.safetensors")
+    with torch.device("meta"):
+        toy = Toy()
+    with open_weights(tmp_path / "toy.safetensors") as weights, pytest.raises(KeyMismatch) as caught:
+        load_module(toy, weights, SameNames("toy"))
+    assert f"a.weight {dtype} [4, 6], expected torch.float32 [4, 6]" in caught.value.misshaped
+    assert "of another shape or type: " in str(caught.value)
+
+
 def test_a_lora_of_other_shapes_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     with open_weights(files[1]) as lora:
         state = {name: lora.read(name) for name in lora}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints_tools.assign import KeyMismatch
+from ...checkpoints_tools.assign import KeyMismatch, misfit
 from ...checkpoints_tools.read import UnreadableFile, read_state
 from ..errors import CheckpointError
 
@@ -24,16 +24,13 @@ def assign_weights(
 ) -> None:
     """Replace the parameters of `module` (possibly on the meta device) by the tensors of their own names.
 
-    Raises CheckpointError that names `source` and every missing, unexpected or mis-shaped tensor.
+    Raises CheckpointError that names `source` and every tensor that is missing, unexpected, or of another shape or type.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
-    misshaped = [
-        f"{key} {list(state[key].shape)}, expected {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
+    both = ((key, state[key], value) for key, value in wanted.items() if key in state)
+    misshaped = [f"{key} {wrong}" for key, given, value in both if (wrong := misfit(given, value))]
     if missing or unexpected or misshaped:
         raise CheckpointError(f"{source}: {KeyMismatch(what, missing, unexpected, misshaped)}")
     module.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, strict=True, assign=True)
