@@ -179,9 +179,12 @@ def _listed(names: list[str]) -> str:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         start = file.read(4)
+    try:
+        zipped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, error) from error
     if not zipped and start[:1] != PICKLE:
         what = (
             "the directory at the end of the zip archive is missing" if start == ZIP else "it is no file of torch.save"
@@ -191,18 +194,40 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
-            raise UnreadableFile(f"{path} is damaged ({error}); download it again") from error
+            raise _damaged(path, error) from error
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UnreadableFile(
             f"{path} holds Python objects{f' ({found[1]})' if found else ''} beside tensors, which are never executed; "
             "on a machine where you trust it, save its state dict alone: "
             "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UnreadableFile(f"{path} is damaged ({error}); download it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # damage makes the unpickler fail in any way: IndexError, struct.error, ...
+        raise _damaged(path, error) from error
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UnreadableFile(f"{path} holds no plain state dict (name -> tensor)")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise UnreadableFile(f"{path} names a tensor {key!r}, which is no text; save a state dict (name -> tensor)")
+        if what := _unusual(value):
+            raise UnreadableFile(f"{path}: {key} is {what}; save it as a plain dense tensor of real numbers")
     return content
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFile:
+    return UnreadableFile(f"{path} is damaged ({type(error).__name__}: {error}); download it again")
+
+
+def _unusual(value: Tensor) -> str:
+    """In what way a tensor is none of plain bytes in memory; empty when it is."""
+    if value.is_quantized:
+        return "quantised by torch"
+    if value.layout is not torch.strided:
+        return f"of the layout {value.layout}"
+    if value.is_meta:
+        return "on the meta device, without values"
+    return "complex" if value.is_complex() else ""
