@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .keymaps import KeyMap
@@ -27,6 +26,7 @@ from .lora_names import (
     split_ending,
     without_prefix,
 )
+from .safetensors_header import UnreadableFile, read_metadata
 
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 PREFIX = "base_model.model."
@@ -73,10 +73,10 @@ class Scaling:
         Raises ValueError for a configuration that is none or that asks for more than LoRA.
         """
         path = file.parent / PEFT_CONFIG
-        text = path.read_text() if path.is_file() else _kept_config(file)
-        if text is None:
-            return cls()
         try:
+            text = path.read_text() if path.is_file() else _kept_config(file)
+            if text is None:
+                return cls()
             # diffusers' pipelines put the model before each name: "transformer.r"
             config = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
             scaling = cls(
@@ -84,7 +84,11 @@ class Scaling:
                 bool(config.get("use_rslora")),
                 {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for pattern in scaling.patterns:
+                re.compile(pattern)
+        except UnreadableFile:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise ValueError(f"the configuration of {file} is none of a LoRA ({error!r})") from error
         if config.get("use_dora"):
             raise ValueError(f"{file} is DoRA, which is not merged; merge it with peft's merge_and_unload first")
@@ -92,10 +96,8 @@ class Scaling:
 
 
 def _kept_config(file: Path) -> str | None:
-    if file.suffix != ".safetensors" or not file.is_file():
-        return None
-    with safe_open(file, "pt") as opened:
-        return (opened.metadata() or {}).get(DIFFUSERS_CONFIG)
+    known = file.suffix == ".safetensors" and file.is_file()
+    return read_metadata(file).get(DIFFUSERS_CONFIG) if known else None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def read_lora(
 
     `keymap`: table from our names to those of another library that the file may use. A `.alpha` in the file decides
     over `scaling`. KeyError for a layer of `targets` without an adapter, names that the model has not, half a pair of
-    factors, and other methods than LoRA.
+    factors, and other methods than LoRA. ValueError for factors that are no matrices of floating numbers, a rank of
+    zero, and a scale that is no finite number.
     """
     known = list(parameters)
     names, scaling = Names(known, keymap), scaling or Scaling()
@@ -187,7 +190,7 @@ def read_lora(
                 unmatched.add(found[0])
         elif name.endswith(ALPHA):
             if ours := names.find(f"{name.removesuffix(ALPHA)}.weight"):
-                alphas[ours.removesuffix(".weight")] = float(value)
+                alphas[ours.removesuffix(".weight")] = _number(key, value)
             else:
                 unmatched.add(name.removesuffix(ALPHA))
         else:
@@ -207,10 +210,22 @@ def read_lora(
         raise KeyError(f"{len(halves)} layers have only one of lora_A and lora_B: {_some(halves)}")
     adapters = {}
     for module, sides in factors.items():
-        rank = sides["A"].shape[0]
+        a, b = sides["A"], sides["B"]
+        if min(a.ndim, b.ndim) < 2 or not a.shape[0] or not (a.is_floating_point() and b.is_floating_point()):
+            shown = " and ".join(f"lora_{side} {t.dtype} {tuple(t.shape)}" for side, t in (("A", a), ("B", b)))
+            raise ValueError(f"{module}: {shown} are no factors of a weight; check which file this is")
+        rank = a.shape[0]
         scale = alphas[module] / rank if module in alphas else scaling.of(rank, theirs[module], module)
-        adapters[module] = Adapter(sides["A"], sides["B"], scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"{module}: its scale alpha / rank is {scale}; set a finite alpha for it")
+        adapters[module] = Adapter(a, b, scale)
     return Lora(adapters, differences, replaced)
+
+
+def _number(key: str, value: Tensor) -> float:
+    if value.numel() != 1:
+        raise ValueError(f"{key} is {tuple(value.shape)}, expected one number")
+    return float(value)
 
 
 def _some(names: set[str]) -> str:

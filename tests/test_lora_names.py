@@ -9,6 +9,7 @@ import torch
 from kinora.checkpoints_tools.keymaps_dit import WAN_DIFFUSERS
 from kinora.checkpoints_tools.lora import LORA_TARGETS, Lora, Scaling, merge_lora, read_lora
 from kinora.checkpoints_tools.lora_names import FACTORS, Names, split_ending, without_prefix
+from kinora.checkpoints_tools.safetensors_header import UnreadableFile
 from kinora.checkpoints_tools.sources import open_weights
 from kinora.graphs.models.wan import WanModel
 from kinora.graphs.models.wan_configs import WanConfig
@@ -92,7 +93,14 @@ def test_a_configuration_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"r": 8}))
     with pytest.raises(ValueError, match="none of a LoRA"):
         Scaling.beside(file)
+    path.write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {"(": 2}}))
+    with pytest.raises(ValueError, match="none of a LoRA.*unterminated"):
+        Scaling.beside(file)
     path.unlink()
+    file.write_bytes(b"xx")
+    with pytest.raises(UnreadableFile, match="is damaged: it has 2 bytes"):
+        Scaling.beside(file)
+    file.unlink()
     assert Scaling.beside(file) == Scaling() and Scaling().of(4, "blocks.0.q") == 1.0
 
 
@@ -271,6 +279,29 @@ def test_an_adapter_of_a_convolution() -> None:
 def test_nothing_is_skipped(key: str, told: str) -> None:
     with pytest.raises(KeyError, match=told):
         read_lora({key: torch.ones(1)}, base().state_dict(), None, WAN_DIFFUSERS)
+
+
+LAYER = "blocks.0.self_attn.q"
+PAIR = {f"{LAYER}.lora_A.weight": torch.ones(2, 24), f"{LAYER}.lora_B.weight": torch.ones(24, 2)}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({".lora_A.weight": torch.tensor(1.0)}, r"lora_A torch\.float32 \(\) and .* are no factors"),
+        ({".lora_B.weight": torch.ones(24)}, r"lora_B torch\.float32 \(24,\) are no factors"),
+        ({".lora_A.weight": torch.ones(0, 24), ".lora_B.weight": torch.ones(24, 0)}, "are no factors"),
+        ({".lora_A.weight": torch.ones(2, 24, dtype=torch.int8)}, "int8 .* are no factors"),
+        ({".alpha": torch.tensor(float("nan"))}, "scale alpha / rank is nan"),
+        ({".alpha": torch.ones(2)}, r"alpha is \(2,\), expected one number"),
+    ],
+)
+def test_factors_that_are_none_are_refused(change: State, told: str) -> None:
+    file = PAIR | {f"{LAYER}{ending}": value for ending, value in change.items()}
+    with pytest.raises(ValueError, match=rf"{LAYER}.*{told}"):
+        read_lora(file, base().state_dict(), Scaling(6.0))
+    with pytest.raises(ValueError, match="scale alpha / rank is inf"):
+        read_lora(PAIR, base().state_dict(), Scaling(float("inf")))
 
 
 def test_a_difference_of_another_shape_is_refused() -> None:
