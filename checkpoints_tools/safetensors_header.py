@@ -111,7 +111,12 @@ def _entry(path: Path, name: str, value: dict[str, Any], data: int) -> Entry:
     if value["dtype"] not in DTYPES:
         raise UnreadableFile(f"{path}: {name} has the dtype {value['dtype']}; known are {', '.join(DTYPES)}")
     begin, end = value["data_offsets"]
-    entry = Entry(path, DTYPES[value["dtype"]], tuple(int(side) for side in value["shape"]), data + begin)
+    shape = tuple(value["shape"])
+    if any(type(number) is not int for number in (*shape, begin, end)):
+        raise _damaged(path, f"{name} has the shape {shape} and lies at {begin} to {end}, expected whole numbers")
+    if math.prod(max(side, 1) for side in shape) >= 1 << 63:
+        raise _damaged(path, f"the shape {shape} of {name} is absurd")
+    entry = Entry(path, DTYPES[value["dtype"]], shape, data + begin)
     if begin < 0 or any(side < 0 for side in entry.shape) or end - begin != entry.nbytes:
         wanted = f"{value['dtype']} {list(entry.shape)} takes {entry.nbytes:,} bytes"
         raise _damaged(path, f"{name} lies at {begin:,} to {end:,}, but {wanted}")
