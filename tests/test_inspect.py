@@ -160,6 +160,11 @@ def test_places_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "nothing was downloaded" in capsys.readouterr().err
 
 
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    (report,) = inspect_path(sparse(tmp_path / "empty.safetensors", {})).files
+    assert not report.what and not report.trouble and report.tensors == 0
+
+
 def test_a_bundle_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bundle", "export", "tiny", "-o", str(tmp_path / "tiny")]) == 0
     capsys.readouterr()

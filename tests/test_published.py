@@ -245,6 +245,8 @@ def test_other_loras_are_told_by_what_they_fit() -> None:
     assert "Wan2.1-T2V-1.3B" in found.fits and "StableAvatar-1.3B" in found.fits
     assert "Wan2.1-T2V-14B" not in found.fits and "SkyReels-V3-A2V-19B" not in found.fits
     assert identify({"hello.weight": (3, 4)}) is None
+    assert identify({}) is None and identify({"blocks.0.q.lora_A.weight": (), "blocks.0.q.lora_B.weight": ()}) is None
+    assert identify({"blocks.0.q.lora_B.weight": (8, 4)}) == Adapters(1, 0, ())
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------

@@ -72,9 +72,9 @@ def compare(published: Published, shapes: Mapping[str, Shape]) -> Match:
 def _adapters(shapes: Mapping[str, Shape]) -> Adapters | None:
     layers: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
-        if found := split_ending(without_prefix(name), FACTORS):
+        if len(shape) >= 2 and (found := split_ending(without_prefix(name), FACTORS)):
             layers.setdefault(found[0], {})[found[1]] = shape
-    if len(layers) < ENOUGH * len(shapes) / 3:  # two factors and a scale a layer
+    if not layers or len(layers) < ENOUGH * len(shapes) / 3:  # two factors and a scale a layer
         return None
     pairs = {layer: (sides["B"][0], sides["A"][1]) for layer, sides in layers.items() if len(sides) == 2}
     fits = []
@@ -85,4 +85,5 @@ def _adapters(shapes: Mapping[str, Shape]) -> Adapters | None:
         found_names = {layer: names.find(f"{layer}.weight") for layer in pairs}
         if pairs and all(ours and published.shapes[ours][:2] == pairs[layer] for layer, ours in found_names.items()):
             fits.append(published.name)
-    return Adapters(len(layers), max(sides["A"][0] for sides in layers.values() if "A" in sides), tuple(fits))
+    rank = max((sides["A"][0] for sides in layers.values() if "A" in sides), default=0)
+    return Adapters(len(layers), rank, tuple(fits))
