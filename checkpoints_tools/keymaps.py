@@ -96,7 +96,8 @@ class KeyMap:
             names = [target.format(**match.groupdict()) for target in rule.ours]
             if value.shape[: rule.leading] == (1,) * rule.leading:
                 value = value.reshape(value.shape[rule.leading :])
-            parts = value.chunk(len(names)) if len(names) > 1 and value.ndim else (value,) * len(names)
+            # rows that do not divide give parts of unequal sizes, which a comparison of shapes then finds
+            parts = value.tensor_split(len(names)) if len(names) > 1 and value.ndim else (value,) * len(names)
             mapped.update(zip(names, parts, strict=True))
         return mapped, unknown
 

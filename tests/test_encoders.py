@@ -107,6 +107,16 @@ def test_mismatches_are_listed_by_their_published_names() -> None:
     assert "blocks.1.attn.k.weight" in str(caught.value)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 47])
+def test_a_joined_projection_of_other_rows_is_misshaped(rows: int) -> None:
+    encoder = ClipVision(TINY_CLIP, blocks=3)
+    key = "visual.transformer.1.attn.to_qkv.weight"
+    state = published(encoder, CLIP) | {key: torch.ones(rows, 16)}
+    with pytest.raises(KeyMismatch) as caught:
+        assign_state(encoder, state, CLIP)
+    assert caught.value.misshaped and all(told.startswith(f"{key} [") for told in caught.value.misshaped)
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 
