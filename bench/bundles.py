@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from ..runtime.systems.bundle_parts import parts_of
 from ..runtime.systems.front_ends import FixedPrompt
 from ..runtime.systems.liveavatar import LiveAvatarSystem
 from ..runtime.systems.liveavatar_mode import STREAM
+from .loading import memory_of_process
 from .models import drawn, inference
 
 READ_AT_ONCE = 1 << 26
@@ -128,9 +128,12 @@ def warm(folder: Path) -> float:
 
 
 def measure(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Load the bundle LOADS times; the last model is used once and compared with the files."""
+    """Load the bundle LOADS times; the last model is used once and compared with the files.
+
+    The growth of the host's peak counts mapped pages of files too.
+    """
     _synchronize(device)  # starts CUDA, which a program does once
-    before = _peak_host_bytes()
+    before = memory_of_process()["VmHWM"]
     seconds: list[float] = []
     system: LiveAvatarSystem | None = None
     for _ in range(LOADS):
@@ -140,7 +143,7 @@ def measure(folder: Path, device: torch.device) -> dict[str, Any]:
         seconds.append(took)
     assert system is not None
     size = sum(file.size for file in Bundle.open(folder).index.files)
-    host = _peak_host_bytes() - before
+    host = memory_of_process()["VmHWM"] - before
     used, finite = _timed(partial(_use, system), device)
     return {
         "bytes": size,
@@ -191,11 +194,6 @@ def parts_alone(folder: Path, device: torch.device) -> dict[str, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_host_bytes() -> int:
-    """Largest resident memory so far, which counts mapped pages of files too."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv: list[str] | None = None) -> int:
