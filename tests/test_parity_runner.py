@@ -97,6 +97,13 @@ def test_a_mid_used_as_input_needs_no_counterpart(golden: Path) -> None:
     assert run_case(case).passed
 
 
+def test_a_pattern_has_one_handler(golden: Path) -> None:
+    registry.handles("wan", "dou*", "other")(lambda case: {})
+    registry.handles("liveavatar", "dou*")(lambda case: {})
+    with pytest.raises(ValueError, match=r"wan: dou\* has a handler already"):
+        registry.handles("wan", "double", "dou*")(lambda case: {})
+
+
 def test_exit_codes(golden: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kinora.bench.parity.__main__.load_handlers", lambda: None)
     assert main([str(golden)]) == 1

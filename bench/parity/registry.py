@@ -17,9 +17,12 @@ def handles(system: str, *patterns: str) -> Callable[[Handler], Handler]:
     """Register a handler for the cases of `system` whose name matches one of the patterns (`fnmatch`).
 
     A handler returns computed values by golden name: `out.*` and `mid.*` tensors, or `json.<dotted key>` values.
+    ValueError for a pattern that has a handler, of which one would never run.
     """
 
     def register(handler: Handler) -> Handler:
+        if taken := [p for s, p, _ in _HANDLERS if s == system and p in patterns]:
+            raise ValueError(f"{system}: {taken[0]} has a handler already; delete one of the two")
         _HANDLERS.extend((system, pattern, handler) for pattern in patterns)
         return handler
 

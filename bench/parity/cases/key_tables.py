@@ -17,7 +17,6 @@ from ....checkpoints_tools.keymaps import (
     wav2vec2_keymap,
 )
 from ....checkpoints_tools.keymaps_dit import WAN_DIFFUSERS
-from ....graphs.models.wan_vae import WanVae
 from ....runtime.encoders.clip import CLIP_VIT_H_14
 from ....runtime.encoders.umt5 import UMT5_XXL
 from ....runtime.encoders.wav2vec import WAV2VEC2_BASE, WAV2VEC2_LARGE_XLSR
@@ -79,12 +78,6 @@ def keys_wav2vec2(case: Case) -> dict[str, Any]:
     if with_head:
         shapes |= {"lm_head.weight": (CTC_LETTERS, size.dim), "lm_head.bias": (CTC_LETTERS,)}
     return _key_list(case, shapes)
-
-
-@handles("wan", "keys_wan21_vae")
-def keys_vae(case: Case) -> dict[str, Any]:
-    with torch.device("meta"):
-        return _key_list(case, {key: tuple(value.shape) for key, value in WanVae().state_dict().items()})
 
 
 def _row(pattern: str, replacement: str, keys: Sequence[str], keymap: KeyMap) -> list[str]:
