@@ -11,6 +11,10 @@ load_handlers()
 CASES = find_cases(Path(__file__).parent / "golden")
 
 
+def test_the_cases_are_all_here() -> None:
+    assert len(CASES) == 84
+
+
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.system}/{c.name}" for c in CASES])
 def test_golden(case: Case) -> None:
     result = run_case(case)

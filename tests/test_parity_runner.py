@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 def judge(a: list[float], b: list[float], limits: dict, **tensors: Tensor) -> bool:
     return compare("out.y", torch.tensor(a), torch.tensor(b), limits, tensors).passed
 
@@ -37,17 +40,42 @@ def judge(a: list[float], b: list[float], limits: dict, **tensors: Tensor) -> bo
         ([1.0 + 2**-23], [1.0], {"max_ulp": 1, "ulp_dtype": "float32"}, True),
         ([1.0 + 2**-22], [1.0], {"max_ulp": 1, "ulp_dtype": "float32"}, False),
         ([1.0], [1.0], {"surprise": 1}, False),
+        ([NAN, 1.0], [NAN, 1.0], {"atol": 0, "rtol": 0}, True),
+        ([INF, -INF], [INF, -INF], {"atol": 0, "mean_rtol": 0, "rms_rtol": 0}, True),
+        ([INF, 9.0], [INF, 1.0], {"rms_rtol": 0.1}, False),  # an infinity of the golden allows nothing beside it
+        ([INF, 9.0], [INF, 1.0], {"mean_rtol": 0.1}, False),
+        ([INF, 9.0], [INF, 1.0], {"rtol": 0.1}, False),
+        ([INF, 1.0], [-INF, 1.0], {"rms_rtol": 0.1}, False),
+        ([], [], {"atol": 0, "mean_atol": 0, "rms_rtol": 0, "max_fraction": 0, "max_ulp": 0}, True),
+        ([1.0], [1.0, 1.0], {"atol": 0, "rtol": 0}, False),  # which would be broadcast
     ],
 )
 def test_rule(a: list[float], b: list[float], limits: dict, passes: bool) -> None:
     assert judge(a, b, limits) is passes
 
 
-def test_only_where_compares_only_large_entries() -> None:
+@pytest.mark.parametrize("least", [{"rel_min": 0.5}, {"abs_min": 5.0}])
+@pytest.mark.parametrize(
+    "limits", [{"atol": 0}, {"mean_rtol": 0.1}, {"rms_rtol": 0.1}, {"max_fraction": 0.3}, {"max_ulp": 1}]
+)
+def test_only_where_compares_only_large_entries(limits: dict, least: dict[str, float]) -> None:
     guide = torch.tensor([0.1, 10.0])
-    limits = {"atol": 0, "rtol": 0, "only_where": {"tensor": "mid.g", "rel_min": 0.5}}
+    limits = {**limits, "only_where": {"tensor": "mid.g", **least}}
     assert judge([7.0, 1.0], [1.0, 1.0], limits, **{"mid.g": guide})
     assert not judge([1.0, 7.0], [1.0, 1.0], limits, **{"mid.g": guide})
+
+
+def test_only_where_counts_entries_from_its_own_least_on() -> None:
+    guide, limits = {"mid.g": torch.tensor([1.0, 2.0, 4.0])}, {"atol": 0}
+    assert judge([7.0, 1.0, 1.0], [1.0] * 3, limits | {"only_where": {"tensor": "mid.g", "abs_min": 2}}, **guide)
+    assert not judge([1.0, 7.0, 1.0], [1.0] * 3, limits | {"only_where": {"tensor": "mid.g", "abs_min": 2}}, **guide)
+
+
+def test_a_limit_in_units_of_the_gradients_norm() -> None:
+    a, b, limits = torch.tensor([1.2]), torch.tensor([1.0]), {"atol_times_total_grad_norm": 0.1}
+    assert compare("out.y", a, b, limits, {}, grad_norm=3.0).passed
+    assert not compare("out.y", a, b, limits, {}, grad_norm=1.0).passed
+    assert not compare("out.y", a, b, limits, {}).passed
 
 
 def test_per_tensor_replaces_the_default_as_a_whole() -> None:
@@ -95,6 +123,19 @@ def test_a_mid_used_as_input_needs_no_counterpart(golden: Path) -> None:
     registry.handles("wan", "dou*")(lambda case: {"out.y": 2 * (case["mid.h"] - 1)})
     (case,) = find_cases(golden)
     assert run_case(case).passed
+
+
+def test_what_the_golden_does_not_hold_fails_the_case(golden: Path) -> None:
+    registry.handles("wan", "dou*")(lambda case: {"out.y": 2 * case["in.x"], "mid.h": case["in.x"] + 1, "out.z": 1})
+    (case,) = find_cases(golden)
+    assert run_case(case).problem == "computed out.z, which the golden does not hold"
+
+
+@pytest.mark.parametrize(("told", "passes"), [("double", True), ("triple", False)])
+def test_texts_are_compared(told: str, passes: bool, golden: Path) -> None:
+    registry.handles("wan", "dou*")(lambda case: {"out.y": 2 * (case["mid.h"] - 1), "json.case": told})
+    (case,) = find_cases(golden)
+    assert run_case(case).passed is passes
 
 
 def test_a_pattern_has_one_handler(golden: Path) -> None:
