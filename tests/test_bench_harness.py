@@ -6,8 +6,10 @@ Times are never asserted, only that there is one, or none.
 import io
 import math
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,32 @@ def test_timer_runs_every_call_in_two_runs() -> None:
     assert timing.seconds > 0 and timing.spread >= 0
     with pytest.raises(ValueError, match="nothing to time"):
         Timer(CPU)([])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_sample_is_divided_by_its_calls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock, or events, that only the calls move: one of 2 s and one of 4 s take 3 s each."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    cuda = SimpleNamespace(Event=Event, device=nullcontext, synchronize=lambda: None)
+    monkeypatch.setattr("kinora.bench.harness.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("kinora.bench.harness.timing.torch", SimpleNamespace(cuda=cuda))
+
+    def call(seconds: float) -> None:
+        now[0] += seconds
+
+    timing = Timer(torch.device(kind), 1e-6)([lambda: call(2.0), lambda: call(4.0)])
+    assert timing.seconds == 3.0 and timing.runs == (3.0, 3.0) and timing.steady
 
 
 def test_timing_is_the_median_and_its_spread_that_of_the_runs() -> None:
@@ -147,6 +175,32 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(InputError, match="no report of kinora bench"):
             Report.load(tmp_path / "a.json")
+
+
+def test_a_number_that_is_not_finite_does_not_lose_the_report(tmp_path: Path) -> None:
+    metrics = {"fps": math.inf, "frames": 12.0}
+    report_with(Result("x", "eager", "ok", spread=math.nan, metrics=metrics)).save(tmp_path / "a.json")
+    (found,) = Report.load(tmp_path / "a.json").results
+    assert found == Result("x", "eager", "ok", metrics={"frames": 12.0})
+
+
+def test_a_report_that_is_cut_off_while_it_is_saved_keeps_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    report_with(Result("x", "eager", "ok", seconds=1.0)).save(path)
+    kept = path.read_text()
+
+    def stop(self: Path, text: str) -> None:
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stop)
+        report_with().save(path)
+    assert path.read_text() == kept
+    report_with().save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def report_with(*results: Result) -> Report:

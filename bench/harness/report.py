@@ -4,6 +4,7 @@ Times are seconds, rates FLOP/s and bytes/s, memory bytes. A result has a time o
 """
 
 import json
+import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -95,11 +96,16 @@ class Report:
         return next((r for r in self.results if (r.name, r.variant) == (name, variant)), None)
 
     def save(self, path: Path) -> None:
-        """Write the JSON; OutputError when that fails."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+        """Write the JSON beside, then rename, so that a run cut off while saving keeps the last one.
+
+        Numbers that are not finite, which JSON has not, are left out. OutputError when it cannot be written.
+        """
+        text = json.dumps(_finite({"schema": SCHEMA, **asdict(self)}), indent=1, allow_nan=False)
+        part = path.with_name(f"{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
+            part.write_text(text + "\n")
+            part.replace(path)
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -117,6 +123,13 @@ class Report:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no report of kinora bench ({error})") from error
+
+
+def _finite(tree: Any) -> Any:
+    """The tree without the entries of its dicts that are numbers but not finite."""
+    if isinstance(tree, dict):
+        return {k: _finite(v) for k, v in tree.items() if not isinstance(v, float) or math.isfinite(v)}
+    return [_finite(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _result(entry: dict[str, Any]) -> Result:
