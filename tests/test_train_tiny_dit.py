@@ -64,6 +64,25 @@ def test_noised_goes_from_data_to_noise() -> None:
     assert torch.equal(mixed[0], data[0]) and torch.equal(mixed[1], noise[1])
 
 
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_the_rollouts_loss_is_that_of_the_clean_clip_at_the_first_three_steps(wrong: float) -> None:
+    """A system that knows the clip has none at any step; of another clip it has that clip's distance."""
+    sigmas = euler_schedule(dit_stage.STEPS, 3.0).sigmas.float()
+    batch = {"latents": torch.randn(2, 4, 3, 2, 2)}
+    place = Place(torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    level, levels = [0.0], set()
+
+    def knowing(x: torch.Tensor, sigma: torch.Tensor, *_: object) -> torch.Tensor:
+        level[0] = sigma[0].item()
+        return (x - batch["latents"] - wrong) / sigma[:, None, None, None, None]
+
+    for seed in range(20):
+        loss = dit_stage.rollout_loss(knowing, batch, place, sigmas, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(loss.item(), wrong**2 / (level[0] ** 2 + 0.05), rtol=1e-4, atol=1e-6)
+        levels.add(level[0])
+    assert levels == set(sigmas[: dit_stage.STEPS - 1].tolist())
+
+
 def random_system(recipe: Recipe) -> TinySystem:
     """A system none of whose parts is silent: the start values leave head, injection and masks at zero."""
     system = TinySystem(dit_config(recipe, SPEECH), SPEECH).eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """Second and third stage: the causal transformer with its speech front end.
 
 Flow matching: one noise level shared by all blocks of a clip, because the cache of a time-step holds history at that
-very noise level when generating. Then rollout: the inputs of each step come from the model's own earlier steps, so
-that the four Euler steps of the runtime meet inputs they were trained on.
+very noise level when generating. Then rollout: the inputs of the first three of the runtime's four Euler steps come
+from the model's own earlier steps, so that they meet what they were trained on; the last step keeps to flow matching.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ def roll_out(system: TinySystem, batch: dict[str, Tensor], place: Place, sigmas:
 
 
 def rollout_loss(system: TinySystem, batch: dict[str, Tensor], place: Place, sigmas: Tensor, generator) -> Tensor:
-    """Error of the predicted clean clip at a random step of the model's own rollout."""
+    """Error of the predicted clean clip at one of the first three steps, drawn at random, of the model's own rollout."""
     step = int(torch.randint(0, STEPS - 1, (1,), generator=generator))
     x0 = batch["latents"]
     x = roll_out(system, batch, place, sigmas, step)
