@@ -131,6 +131,22 @@ def test_speech_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert made == [(3, SMOKE.utterance_seconds, 5, "train")]
 
 
+def test_speech_that_was_cut_off_while_it_was_saved_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "synthesise", lambda count, seconds, *, seed, split: bank(count, seconds, seed))
+
+    def stop(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise CutOff
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(torch, "save", stop)
+        command.speech_bank(SMOKE, tmp_path, 5, "train", 3)
+    assert command.speech_bank(SMOKE, tmp_path, 5, "train", 3).shape[0] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["speech-train.pt"]
+
+
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--preset", "huge", "--out", "run"])

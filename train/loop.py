@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def warmup_cosine(step: int, total: int, peak: float, warmup: int, floor: float = 0.02) -> float:
@@ -76,8 +76,8 @@ class Ema:
                 p.copy_(self.values[name])
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write beside, then rename: a run cut off while saving keeps the previous checkpoint."""
+def save_checkpoint(path: Path, state: dict[str, Any] | Tensor) -> None:
+    """Write beside, then rename: a run cut off while saving keeps the previous checkpoint, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(state, part)

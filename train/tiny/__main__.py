@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...graphs.models.speech import SpeechConfig
-from ..loop import Clock, OutOfTime
+from ..loop import Clock, OutOfTime, save_checkpoint
 from ..speech import synthesise
 from .clips import ClipSource
 from .dit_stage import TinySystem, train_dit
@@ -27,8 +27,7 @@ def speech_bank(recipe: Recipe, out: Path, seed: int, split: str, count: int) ->
     if path.is_file():
         return torch.load(path, weights_only=True)
     bank = synthesise(count, recipe.utterance_seconds, seed=seed, split=split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(bank, path)
+    save_checkpoint(path, bank)
     return bank
 
 
