@@ -9,15 +9,19 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from folders import left
+from kinora.checkpoints_tools.bundle import device as reading
 from kinora.checkpoints_tools.bundle import write as writing
-from kinora.checkpoints_tools.bundle.device import cut, fill, read_to_device, scatter
+from kinora.checkpoints_tools.bundle.device import Piece, cut, fill, read_to_device, scatter
 from kinora.checkpoints_tools.bundle.format import BundleError, read_index
 from kinora.checkpoints_tools.bundle.layout import PAD, execution_order
 from kinora.checkpoints_tools.bundle.read import Bundle
@@ -162,6 +166,37 @@ def test_pieces_of_a_file_make_its_tensors(piece: int, bundle: Path) -> None:
     assert all(equal(made[key], value) for key, value in wanted.items())
     with open(bundle / "vae.safetensors", "rb") as short, pytest.raises(BundleError, match="ends at byte"):
         fill(short.fileno(), torch.zeros(1 << 25, dtype=torch.uint8), cut(list(records.items()), 1 << 25)[-1], bundle)
+
+
+def test_a_reader_that_fails_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after what they have left to read; with a GPU that does nothing."""
+
+    class Silent:
+        def __init__(self, *_: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def record(self, stream: object) -> None: ...
+
+    cuda = SimpleNamespace(Stream=Silent, Event=Silent, stream=nullcontext, current_stream=Silent)
+    gpu = SimpleNamespace(cuda=cuda, uint8=torch.uint8, empty=lambda count, dtype, pin_memory: torch.empty(count))
+    read, broken = [], threading.Event()
+
+    def fill_or_fail(_: int, __: Tensor, piece: Piece, path: Path) -> None:
+        if piece.start == 1:
+            broken.set()
+            raise BundleError(f"{path} ends")
+        broken.wait(5)
+        time.sleep(0.002)
+        read.append(piece)
+
+    monkeypatch.setattr(reading, "torch", gpu)
+    monkeypatch.setattr(reading, "fill", fill_or_fail)
+    (tmp_path / "dit.safetensors").write_bytes(b"")
+    pieces = [Piece(at, at + 1, ()) for at in range(300)]
+    with pytest.raises(BundleError, match="ends"):
+        reading._copy(tmp_path / "dit.safetensors", pieces, {}, torch.device("cuda"))
+    assert len(read) < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -86,14 +86,16 @@ def _copy(path: Path, pieces: list[Piece], targets: dict[str, Tensor], device: t
                 copied[turn % 2].record(stream)
         stream.synchronize()
 
+    def run_or_stop_all() -> None:
+        try:
+            run()
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(min(READERS, len(pieces) or 1)) as pool:
-        running = [pool.submit(run) for _ in range(READERS)]
-        for reader in running:
-            try:
-                reader.result()
-            except BaseException:
-                failed.set()
-                raise
+        for reader in [pool.submit(run_or_stop_all) for _ in range(READERS)]:
+            reader.result()
 
 
 def fill(descriptor: int, buffer: Tensor, piece: Piece, path: Path) -> None:
