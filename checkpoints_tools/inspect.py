@@ -81,12 +81,24 @@ class Report:
 
 
 def inspect_path(path: Path) -> Report:
-    """Look at a weight file, an index, or every weight file in a folder. Raises UnreadableFile when there is none."""
-    groups = [(path.name, [path])] if path.is_file() else _groups(path)
+    """Look at a weight file, an index, or every weight file in a folder. Raises UnreadableFile when there is none.
+
+    A shard stands for all shards of its file.
+    """
+    groups = [_beside(path)] if path.is_file() else _groups(path)
     files = [_report(name, group) for name, group in groups]
     if not files:
         raise UnreadableFile(f"{path} holds no weight files ({', '.join(ENDINGS)}); pass the folder of a checkpoint")
     return Report(tuple(files), _systems(files))
+
+
+def _beside(file: Path) -> tuple[str, list[Path]]:
+    """(name, files) of what a file is loaded with: itself, or all shards that lie beside it."""
+    shard = SHARD.fullmatch(file.name)
+    if not shard:
+        return file.name, [file]
+    alike = re.compile(re.escape(shard["stem"]) + rf"-\d+-of-{shard['count']}" + re.escape(shard["ending"]))
+    return f"{shard['stem']}{shard['ending']}", sorted(f for f in file.parent.iterdir() if alike.fullmatch(f.name))
 
 
 def _groups(folder: Path) -> Iterator[tuple[str, list[Path]]]:

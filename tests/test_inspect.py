@@ -109,11 +109,14 @@ def test_what_is_wrong_is_printed_and_leaves_with_2(tmp_path: Path, capsys: pyte
 
 def test_shards_without_an_index(tmp_path: Path) -> None:
     sharded(tmp_path, transcribed(LIVEAVATAR), parts=3, index=False)
-    (report,) = inspect_path(tmp_path).files
+    first = tmp_path / "diffusion_pytorch_model-00001-of-00003.safetensors"
+    sparse(tmp_path / "other-00001-of-00001.safetensors", {"hello": (2,)})
+    report, other = inspect_path(tmp_path).files
     assert report.complete and report.shards == 3 and report.name == "diffusion_pytorch_model.safetensors"
+    assert inspect_path(first).files == (report,) and other.shards == 1
     (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-    (report,) = inspect_path(tmp_path).files
-    assert "of 3 shards number 2 is not there" in report.trouble
+    for path in (tmp_path, first):
+        assert "of 3 shards number 2 is not there" in inspect_path(path).files[0].trouble
 
 
 def test_precision_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
