@@ -94,7 +94,7 @@ def test_a_configuration_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of a LoRA"):
         Scaling.beside(file)
     path.write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {"(": 2}}))
-    with pytest.raises(ValueError, match="none of a LoRA.*unterminated"):
+    with pytest.raises(ValueError, match=r"none of a LoRA.*unterminated"):
         Scaling.beside(file)
     path.unlink()
     file.write_bytes(b"xx")

@@ -13,7 +13,6 @@ from kinora.bench.parity.tolerance import compare, limits_for
 from safetensors.torch import save_file
 from torch import Tensor
 
-
 NAN, INF = float("nan"), float("inf")
 
 

@@ -24,7 +24,7 @@ def assign_weights(
 ) -> None:
     """Replace the parameters of `module` (possibly on the meta device) by the tensors of their own names.
 
-    Raises CheckpointError that names `source` and every tensor that is missing, unexpected, or of another shape or type.
+    Raises CheckpointError that names `source` and every tensor that is missing, too many, or of another shape or type.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]

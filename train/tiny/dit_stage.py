@@ -126,7 +126,7 @@ def roll_out(system: TinySystem, batch: dict[str, Tensor], place: Place, sigmas:
 
 
 def rollout_loss(system: TinySystem, batch: dict[str, Tensor], place: Place, sigmas: Tensor, generator) -> Tensor:
-    """Error of the predicted clean clip at one of the first three steps, drawn at random, of the model's own rollout."""
+    """Error of the predicted clean clip at a random one of the first three steps of the model's own rollout."""
     step = int(torch.randint(0, STEPS - 1, (1,), generator=generator))
     x0 = batch["latents"]
     x = roll_out(system, batch, place, sigmas, step)
