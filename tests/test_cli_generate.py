@@ -157,6 +157,18 @@ def test_an_existing_file_is_kept_unless_told(inputs, fake, capsys):
     assert len(read_video("talk.mp4").frames) == 33
 
 
+@pytest.mark.parametrize("option", ["--audio", "--image"])
+def test_an_input_is_never_overwritten(inputs, fake, capsys, option):
+    """Not even under another name."""
+    fake(FakeSession())
+    given = Path(JOB[JOB.index(option) + 1]).rename("given.mp4")
+    before = given.read_bytes()
+    Path("talk.mp4").symlink_to(given)
+    code, _, err = run([*JOB, option, str(given), "-y"], capsys)
+    assert code == 2 and len(err) == 1 and "talk.mp4 is an input as well" in err[0]
+    assert given.read_bytes() == before
+
+
 def test_silence_is_refused_until_allowed(inputs, fake, capsys):
     fake(FakeSession())
     write_sound(Path("quiet.wav"), np.full(RATE, 0.0005, np.float32), "pcm_f32le", RATE)
