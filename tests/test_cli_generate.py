@@ -127,6 +127,10 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(inputs, fake, capsys):
     fake(FakeSession(stop_at=0))
     assert run(JOB, capsys)[:2] == (130, "stopped: nothing was written\n")
     assert not Path("talk.mp4").exists()
+    Path("talk.mp4").write_text("precious")
+    fake(FakeSession(stop_at=0))
+    assert run([*JOB, "-y"], capsys)[:2] == (130, "stopped: nothing was written\n")
+    assert Path("talk.mp4").read_text() == "precious"
 
 
 def test_ctrl_c_while_loading_leaves_nothing(inputs, monkeypatch, capsys):

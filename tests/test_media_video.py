@@ -136,6 +136,14 @@ def test_without_frames_no_file_is_left(tmp_path, fragmented):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_a_writer_that_got_nothing_keeps_the_file_before_it(tmp_path, fragmented):
+    (tmp_path / "a.mp4").write_text("precious")
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=fragmented):
+        pass
+    assert (tmp_path / "a.mp4").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_finished_streamed_file_is_an_ordinary_movie(tmp_path):
     """Once closed, the index at the file's end lists every frame, as players that know no fragments need."""
     with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=True) as writer:

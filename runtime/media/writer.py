@@ -32,7 +32,8 @@ class VideoWriter:
             otherwise the file appears under its name when it is complete, ready for progressive download.
         crf: quality of x264, lower is better.
 
-    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no file.
+    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no
+    file of its own, and one that got nothing at all leaves a file that was there before.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class VideoWriter:
         self.frames_written = 0
         self.samples_written = 0
         self.closed = False
+        self._started = False
         self._pending = np.zeros(0, np.float32)
         self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         check_output(self.path)
@@ -118,7 +120,8 @@ class VideoWriter:
         except (OSError, av.error.FFmpegError) as error:
             raise self._failure(error) from error
         finally:
-            if not self.frames_written or self._target != self.path:
+            # a writer in place that wrote nothing has not touched what was there before
+            if self._target != self.path or (self._started and not self.frames_written):
                 self._target.unlink(missing_ok=True)
 
     def __enter__(self) -> "VideoWriter":
@@ -160,6 +163,9 @@ class VideoWriter:
 
     def _mux(self, packets: list[av.Packet]) -> None:
         try:
+            if packets and not self._started:
+                self._container.start_encoding()  # opens the file
+                self._started = True
             self._container.mux(packets)
         except (OSError, av.error.FFmpegError) as error:
             raise self._failure(error) from error
