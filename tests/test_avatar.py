@@ -122,6 +122,17 @@ def test_frames_come_as_soon_as_a_block_is_heard(avatar: Avatar, picture: np.nda
         assert session.stats.frames == -(-needed // 640)
 
 
+def test_a_long_sound_is_heard_block_by_block(
+    avatar: Avatar, picture: np.ndarray, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with avatar.stream(picture, seed=3) as session:
+        push, heard = session._features.push, []
+        monkeypatch.setattr(session._features, "push", lambda samples: heard.append(len(samples)) or push(samples))
+        frames = session.feed(sound(1.3))
+        assert max(heard) == 12 * 640 and sum(heard) == round(1.3 * RATE)
+        assert np.array_equal(np.concatenate((frames, session.finish())), whole)
+
+
 def test_shown_frame_belongs_to_the_sound_at_its_time(avatar: Avatar, picture: np.ndarray) -> None:
     """A change of the sound at second 1 changes no block that ended before it, and the frame at second 1."""
     quiet, changed = sound(2.0), sound(2.0)
