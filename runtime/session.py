@@ -89,9 +89,9 @@ class Session:
         self._check_open()
         samples = as_samples(samples)
         self._samples += len(samples)
+        heard = torch.from_numpy(np.require(samples, requirements="CW"))  # PyTorch warns of memory that is not writable
         # block by block: each copies what is left, and features of minutes of sound would take gigabytes
-        block = self.mode.block_frames * self.mode.samples_per_frame
-        pieces = torch.from_numpy(np.ascontiguousarray(samples)).split(block)
+        pieces = heard.split(self.mode.block_frames * self.mode.samples_per_frame)
         made = [self._run(self._features.push, piece) for piece in pieces]
         frames = [some for some in made if len(some)] or made[:1]
         return frames[0] if len(frames) == 1 else np.concatenate(frames)

@@ -268,6 +268,18 @@ def test_empty_sound_is_refused_by_generate_and_harmless_in_a_session(avatar: Av
         assert session.finish().shape == (0, SIDE, SIDE, 3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_sound_that_cannot_be_written_to_is_taken(avatar: Avatar, picture: np.ndarray, whole: np.ndarray) -> None:
+    """As `np.frombuffer` gives it; PyTorch would warn, by default once a process."""
+    torch.set_warn_always(True)
+    try:
+        with avatar.stream(picture, seed=3) as session:
+            frames = session.feed(np.frombuffer(sound(1.3).tobytes(), np.float32))
+    finally:
+        torch.set_warn_always(False)
+    assert np.array_equal(frames, whole[: len(frames)]) and len(frames)
+
+
 def test_ended_sessions_say_so(avatar: Avatar, picture: np.ndarray) -> None:
     session = avatar.stream(picture)
     session.finish()
