@@ -7,21 +7,18 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .media.images import read_image
+from .media.images import read_image, rgb_pixels
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
 AudioInput = str | os.PathLike[str] | np.ndarray
 
 
 def as_picture(image: ImageInput) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a file, a PIL image (transparent parts on white) or such an array."""
+    """uint8 RGB [H, W, 3] of a file, a PIL image (as its file: upright, transparent parts on white) or such an array."""
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return np.array(image.convert("RGB"))
+        return rgb_pixels(image, "the picture")
     if not isinstance(image, np.ndarray):
         raise InputError(f"the picture is a {type(image).__name__}; pass a path, a PIL image or a uint8 array")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
