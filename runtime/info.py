@@ -22,15 +22,19 @@ from .systems.liveavatar_checkpoint import BASE, find_files
 GIB = 2**30
 PACKAGES = ("torch", "triton", "torchao", "transformers", "av", "numpy")
 LIVEAVATAR_DOWNLOAD_GB = 47  # transformer 32.6, text encoder 11.4, LoRA 1.4, speech encoder and VAE
-LIVEAVATAR_MEMORY_GB = 90  # transformer and caches 76.4 at 704x384 (liveavatar.md, 5), the text encoder, the rest
+# A captured session at 704x384 and the text encoder (docs/performance.md, Memory).
+LIVEAVATAR_FP8_GB = 62  # 50.3 + 11.4
+LIVEAVATAR_BF16_GB = 103  # 91.5 + 11.4
+FP8_CAPABILITY = (8, 9)  # the first whose tensor cores multiply e4m3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; `driver` is None where nvidia-ml-py is not installed."""
+    """One CUDA device; `fp8`: whether it multiplies e4m3; `driver` is None where nvidia-ml-py is not installed."""
 
     name: str
     memory_gib: float
+    fp8: bool
     driver: str | None
 
 
@@ -92,7 +96,10 @@ def list_gpus() -> tuple[Gpu, ...]:
         return ()
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     driver = _driver()
-    return tuple(Gpu(found.name, found.total_memory / GIB, driver) for found in devices)
+    return tuple(
+        Gpu(found.name, found.total_memory / GIB, (found.major, found.minor) >= FP8_CAPABILITY, driver)
+        for found in devices
+    )
 
 
 def list_ops(device: torch.device) -> tuple[Op, ...]:
@@ -138,11 +145,19 @@ def _liveavatar(checkpoint: Path | None, gpus: tuple[Gpu, ...]) -> Model:
     missing = find_files(found).missing
     if missing:
         return Model(name, about, size, found, f"no: {found} lacks {', '.join(missing)}")
+    return Model(name, about, size, found, _liveavatar_on(gpus))
+
+
+def _liveavatar_on(gpus: tuple[Gpu, ...]) -> str:
+    """Whether a complete LiveAvatar would run on one of the GPUs, and in which precision."""
     largest = max((gpu.memory_gib * GIB / 1e9 for gpu in gpus), default=0.0)
-    if largest < LIVEAVATAR_MEMORY_GB:
-        has = f"the largest here has {largest:.0f} GB" if gpus else "this machine has none"
-        return Model(name, about, size, found, f"no: it takes a GPU with {LIVEAVATAR_MEMORY_GB} GB; {has}")
-    return Model(name, about, size, found, "yes, on one GPU in bfloat16")
+    largest_fp8 = max((gpu.memory_gib * GIB / 1e9 for gpu in gpus if gpu.fp8), default=0.0)
+    fits = {"bfloat16": largest >= LIVEAVATAR_BF16_GB, "FP8 (precision fp8)": largest_fp8 >= LIVEAVATAR_FP8_GB}
+    if any(fits.values()):
+        return f"yes, on one GPU in {' or '.join(precision for precision, fit in fits.items() if fit)}"
+    has = f"the largest here has {largest:.0f} GB" if gpus else "this machine has none"
+    wanted = f"{LIVEAVATAR_FP8_GB} GB for FP8 (H100, H200 or later) or {LIVEAVATAR_BF16_GB} GB for bfloat16"
+    return f"no: it takes a GPU with {wanted}; {has}"
 
 
 def _memory_gib() -> float | None:

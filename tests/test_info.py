@@ -38,10 +38,24 @@ def test_info_tells_whether_a_checkpoint_is_complete(tmp_path, monkeypatch):
         (folder / name).touch()
     assert "lacks liveavatar.safetensors" in info_module.collect().models[1].would_run
     (folder / "liveavatar.safetensors").touch()
-    small, large = (info_module.Gpu("card", memory, None) for memory in (24.0, 140.0))
+    small, large = (info_module.Gpu("card", memory, True, None) for memory in (24.0, 140.0))
     for gpus, told in [((), "this machine has none"), ((small,), "has 26 GB"), ((small, large), "yes, on one GPU")]:
         monkeypatch.setattr(info_module, "list_gpus", lambda gpus=gpus: gpus)
         assert told in info_module.collect(folder).models[1].would_run
+
+
+@pytest.mark.parametrize(
+    "card, memory_gib, fp8, told",
+    [
+        ("H100 80GB", 79.2, True, "yes, on one GPU in FP8 (precision fp8)"),
+        ("A100 80GB", 79.2, False, "no: "),
+        ("H100 NVL", 93.1, True, "yes, on one GPU in FP8 (precision fp8)"),
+        ("H200", 139.8, True, "yes, on one GPU in bfloat16 or FP8"),
+        ("L40S", 44.4, True, "62 GB for FP8 (H100, H200 or later) or 103 GB for bfloat16; the largest here has 48 GB"),
+    ],
+)
+def test_info_tells_the_precision_that_fits(card, memory_gib, fp8, told):
+    assert told in info_module._liveavatar_on((info_module.Gpu(card, memory_gib, fp8, None),))
 
 
 def test_info_counts_the_parameters_of_tiny(tmp_path, monkeypatch):
