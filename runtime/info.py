@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..kernels import ops
+from ..kernels.dispatch import triton_runs
 from .errors import CheckpointError
 from .load import MODELS, TINY_FOLDER, pick_device
 from .systems.liveavatar_checkpoint import BASE, find_files
@@ -103,10 +104,15 @@ def list_gpus() -> tuple[Gpu, ...]:
 
 
 def list_ops(device: torch.device) -> tuple[Op, ...]:
-    """The semantic ops: the files of `kernels/` that hold a `reference`."""
+    """The semantic ops: the files of `kernels/` that hold a `reference`. Those that ask the dispatch have kernels."""
     homes = {inspect.getmodule(getattr(ops, name)) for name in ops.__all__}
-    names = sorted(home.__name__.rsplit(".", 1)[1] for home in homes if home and hasattr(home, "reference"))
-    return tuple(Op(name, f"PyTorch, {device.type}") for name in names)
+    named = sorted((home.__name__.rsplit(".", 1)[1], home) for home in homes if home and hasattr(home, "reference"))
+    triton = triton_runs(torch.empty(0, device=device))
+    plain = "PyTorch" if device.type == "cpu" else "PyTorch or cuDNN"
+    return tuple(
+        Op(name, f"{'Triton' if triton and hasattr(home, 'triton_runs') else plain}, {device.type}")
+        for name, home in named
+    )
 
 
 def parameter_count(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from cli_doubles import run
 from kinora.runtime.errors import CheckpointError
 from safetensors.numpy import save_file
@@ -16,6 +17,15 @@ def test_info_names_machine_models_and_ops(capsys, monkeypatch):
     assert code == 0
     for word in ("machine", "torch", "FFmpeg", "GPU", "tiny", "liveavatar-14b", "rope_attention", "PyTorch"):
         assert word in out
+
+
+def test_info_asks_the_dispatch_what_computes_an_op(monkeypatch):
+    cpu = torch.device("cpu")
+    for interpreter, attention in [("0", "PyTorch, cpu"), ("1", "Triton, cpu")]:
+        monkeypatch.setenv("TRITON_INTERPRET", interpreter)
+        computed = {op.name: op.backend for op in info_module.list_ops(cpu)}
+        assert computed["rope_attention"] == computed["adaln"] == attention
+        assert computed["fp8_matmul"] == "PyTorch, cpu"  # which has no kernel of its own
 
 
 def test_info_tells_whether_a_checkpoint_is_complete(tmp_path, monkeypatch):
