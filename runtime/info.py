@@ -14,11 +14,12 @@ import av
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoints_tools.locate import NotFound, locate
 from ..kernels import ops
 from ..kernels.dispatch import triton_runs
 from .errors import CheckpointError
 from .load import MODELS, TINY_FOLDER, pick_device
-from .systems.liveavatar_checkpoint import BASE, find_files
+from .systems.liveavatar_checkpoint import BASE, BASE_REPOSITORY, find_files
 
 GIB = 2**30
 PACKAGES = ("torch", "triton", "torchao", "transformers", "av", "numpy")
@@ -124,11 +125,16 @@ def parameter_count(path: Path) -> int:
         raise CheckpointError(f"{path} cannot be read ({error}); reinstall kinora") from error
 
 
-def checkpoint_places() -> list[Path]:
-    """Where the files of LiveAvatar are looked for without being told: here, ./checkpoints, the Hugging Face cache."""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
-    snapshots = (cache.expanduser() / f"models--Wan-AI--{BASE}" / "snapshots").glob("*")
-    return [Path(BASE), Path("checkpoints", BASE), *sorted(snapshots)]
+def find_checkpoint(checkpoint: Path | None) -> Path | None:
+    """The folder that `load` would take `checkpoint` for without a download. None: looked for here, in ./checkpoints and
+    in the Hub's cache."""
+    usual = [Path(BASE), Path("checkpoints", BASE)]
+    name = checkpoint or next((place for place in usual if place.is_dir()), BASE_REPOSITORY)
+    try:
+        found = locate(name, download=False)
+    except NotFound:
+        return None
+    return found if found.is_dir() else None
 
 
 def _tiny(device: torch.device) -> Model:
@@ -143,8 +149,7 @@ def _tiny(device: torch.device) -> Model:
 def _liveavatar(checkpoint: Path | None, gpus: tuple[Gpu, ...]) -> Model:
     name, about = "liveavatar-14b", MODELS["liveavatar-14b"]
     size = f"16.3 B parameters, {LIVEAVATAR_DOWNLOAD_GB} GB to download"
-    places = [checkpoint] if checkpoint else checkpoint_places()
-    found = next((place for place in places if place.is_dir()), None)
+    found = find_checkpoint(checkpoint)
     if found is None:
         where = str(checkpoint) if checkpoint else f"./{BASE}, ./checkpoints/{BASE} or the Hugging Face cache"
         return Model(name, about, size, None, f"no: no files in {where}; see kinora info --help")

@@ -1,5 +1,7 @@
 """`kinora info`: what this machine has, which models it would run, and whether their files are there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -30,12 +32,20 @@ def test_info_asks_the_dispatch_what_computes_an_op(monkeypatch):
 
 def test_info_tells_whether_a_checkpoint_is_complete(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert info_module.collect().models[1].folder is None
     snapshot = tmp_path / "cache" / "models--Wan-AI--Wan2.2-S2V-14B" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     cached = info_module.collect().models[1]
     assert cached.folder == snapshot and "lacks config.json" in cached.would_run
+    newer = snapshot.with_name("4567")
+    newer.mkdir()
+    assert info_module.collect().models[1].folder is None, "which of the two is not known, and `load` takes neither"
+    (tmp_path / "cache" / "models--Wan-AI--Wan2.2-S2V-14B" / "refs").mkdir()
+    (tmp_path / "cache" / "models--Wan-AI--Wan2.2-S2V-14B" / "refs" / "main").write_text("4567")
+    assert info_module.collect().models[1].folder == newer
+    assert info_module.collect(Path("Wan-AI/Wan2.2-S2V-14B")).models[1].folder == newer
+    assert info_module.collect(Path("other/model")).models[1].folder is None
     folder = tmp_path / "Wan2.2-S2V-14B"
     for name in ("google/umt5-xxl", "wav2vec2-large-xlsr-53-english"):
         (folder / name).mkdir(parents=True)

@@ -35,7 +35,9 @@ def test_an_open_picture_is_read_as_its_file(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(quarters()).resize((600, 400)).save(tmp_path / "turned.jpg", exif=exif)
-    Image.fromarray(np.repeat(np.linspace(0, 65535, 32)[None], 32, axis=0).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.repeat(np.linspace(0, 65535, 32)[None], 32, axis=0).astype(np.uint16)).save(
+        tmp_path / "deep.png"
+    )
     Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "logo.png")
     for name in ("turned.jpg", "deep.png", "logo.png"):
         with Image.open(tmp_path / name) as image:
