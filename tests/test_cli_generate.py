@@ -173,6 +173,12 @@ def test_an_input_is_never_overwritten(inputs, fake, capsys, option):
     assert given.read_bytes() == before
 
 
+def test_an_output_that_cannot_be_written_is_told_before_loading(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, _, err = run([*JOB[:-1], "voice.wav/talk.mp4"], capsys)
+    assert code == 2 and len(err) == 1 and "voice.wav is no folder" in err[0]
+
+
 def test_silence_is_refused_until_allowed(inputs, fake, capsys):
     fake(FakeSession())
     write_sound(Path("quiet.wav"), np.full(RATE, 0.0005, np.float32), "pcm_f32le", RATE)

@@ -183,13 +183,19 @@ def test_a_full_disk_is_told(tmp_path, fragmented):
     assert process.stdout.startswith(f"cannot write {tmp_path / 'a.mp4'}: "), process.stderr
 
 
-def test_bad_writers_say_what_to_do(tmp_path):
+def test_bad_writers_say_what_to_do(tmp_path, monkeypatch):
     for path, told in [(tmp_path, "is a folder"), (tmp_path / "a.avi", r"end the name with \.mp4")]:
         with pytest.raises(InputError, match=told):
             VideoWriter(path, 32, 32)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         VideoWriter(tmp_path / "file" / "a.mp4", 32, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # root may write everywhere
+        (tmp_path / "old.mp4").touch()
+        for name in ("old.mp4", "new.mp4", "new/new.mp4"):
+            with pytest.raises(OutputError, match="no permission"):
+                VideoWriter(tmp_path / name, 32, 32)
     with VideoWriter(tmp_path / "a.mp4", 32, 32, audio_rate=None) as writer:
         for frames in (np.zeros((1, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8)):
             with pytest.raises(ValueError, match="takes uint8"):

@@ -12,6 +12,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from ..errors import InputError, OutputError
+from ..outputs import check_file
 
 # The sound delay that AAC needs is written once the first fragment is known; at the end the fragments become one
 # ordinary movie. A file that was cut off keeps its fragments.
@@ -55,8 +56,8 @@ class VideoWriter:
         self.closed = False
         self._started = False
         self._pending = np.zeros(0, np.float32)
-        self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         check_output(self.path)
+        self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._container = av.open(
@@ -179,7 +180,8 @@ class VideoWriter:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError for a name that no MP4 can be written under."""
+    """Raises InputError for a name that no MP4 can be written under, OutputError where none can be written."""
+    check_file(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a video file in it, such as {path / 'talk.mp4'}")
     if path.suffix.lower() != ".mp4":
