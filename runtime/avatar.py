@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .inputs import AudioInput, ImageInput, as_picture, as_sound
+from .inputs import AudioInput, ImageInput, as_picture, as_seed, as_sound
 from .placement.base import Engine, Placement
 from .placement.engines import SinglePlacement
 from .preprocess import image_pixels, select_size
@@ -112,8 +112,7 @@ class Avatar:
         did; close sessions, so that the next one finds it.
         Errors: InputError for a picture, seed, number of steps or size that cannot be used.
         """
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"the seed is {seed!r}; pass a whole number from 0 to 2^63 - 1")
+        seed = as_seed(seed)
         mode = self.mode if steps is None else replace(self.mode, steps=steps)
         picture = as_picture(image)
         height, width = self.video_size(picture, size)

@@ -1,7 +1,9 @@
 """What people pass as picture and sound -> arrays, with errors that say what to do."""
 
 import os
+from operator import index
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -37,6 +39,17 @@ def as_samples(samples: np.ndarray) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise InputError("the sound holds NaN or infinite samples; repair or re-record it")
     return samples.astype(np.float32, copy=False)
+
+
+def as_seed(seed: SupportsIndex) -> int:
+    """A seed that a generator takes. Raises InputError for anything but a whole number from 0 to 2^63 - 1."""
+    try:
+        number = index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise InputError(f"the seed is {seed!r}; pass a whole number from 0 to 2^63 - 1")
+    return number
 
 
 def as_sound(audio: AudioInput, model_rate: int, file_rate: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -87,6 +87,12 @@ def test_seeds_reproduce_bytes_and_matter(avatar: Avatar, picture: np.ndarray, w
     assert not np.array_equal(avatar.generate(picture, sound(1.3, seed=2), seed=3).frames, whole)
 
 
+def test_seeds_may_be_numpy_s(avatar: Avatar, picture: np.ndarray, whole: np.ndarray) -> None:
+    with avatar.stream(picture, seed=np.int64(3)) as session:
+        frames = session.feed(sound(1.3))
+    assert np.array_equal(frames, whole[: len(frames)])
+
+
 @pytest.mark.parametrize("samples", [1, 640, 641, 5760, 7680, 16_000])
 def test_frames_cover_the_sound_exactly(avatar: Avatar, picture: np.ndarray, samples: int) -> None:
     seen: list[tuple[int, int]] = []
