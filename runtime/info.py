@@ -126,8 +126,8 @@ def parameter_count(path: Path) -> int:
 
 
 def find_checkpoint(checkpoint: Path | None) -> Path | None:
-    """The folder that `load` would take `checkpoint` for without a download. None: looked for here, in ./checkpoints and
-    in the Hub's cache."""
+    """The folder that `load` would take `checkpoint` for without a download. None: it is looked for here, in
+    ./checkpoints and in the Hub's cache."""
     usual = [Path(BASE), Path("checkpoints", BASE)]
     name = checkpoint or next((place for place in usual if place.is_dir()), BASE_REPOSITORY)
     try:

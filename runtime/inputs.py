@@ -16,7 +16,7 @@ AudioInput = str | os.PathLike[str] | np.ndarray
 
 
 def as_picture(image: ImageInput) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a file, a PIL image (as its file: upright, transparent parts on white) or such an array."""
+    """uint8 RGB [H, W, 3] of a file, a PIL image (like its file: upright, transparency on white) or such an array."""
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):

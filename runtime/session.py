@@ -89,7 +89,7 @@ class Session:
         self._check_open()
         samples = as_samples(samples)
         self._samples += len(samples)
-        heard = torch.from_numpy(np.require(samples, requirements="CW"))  # PyTorch warns of memory that is not writable
+        heard = torch.from_numpy(np.require(samples, requirements=["C", "W"]))  # PyTorch warns if not writable
         # block by block: each copies what is left, and features of minutes of sound would take gigabytes
         pieces = heard.split(self.mode.block_frames * self.mode.samples_per_frame)
         made = [self._run(self._features.push, piece) for piece in pieces]

@@ -308,6 +308,11 @@ def test_ended_sessions_say_so(avatar: Avatar, picture: np.ndarray) -> None:
         ({"size": (60, 64)}, "multiples of 16"),
         ({"size": (64, 1 << 20)}, "from 64 to 2048"),
         ({"size": (64,)}, "height x width"),
+        ({"size": 192}, "cannot be 192 pixels"),
+        ({"size": (64.0, 64.0)}, "multiples of 16"),
+        ({"size": "64x64"}, "cannot be '64x64' pixels"),
+        ({"steps": "4"}, "steps is '4'; it must be a whole number"),
+        ({"steps": 2.0}, "whole number"),
     ],
 )
 def test_bad_options_are_refused(avatar: Avatar, picture: np.ndarray, options: dict, told: str) -> None:
@@ -328,6 +333,8 @@ def test_bad_pictures_are_refused(avatar: Avatar, image: object) -> None:
     [
         {"colour": 1},
         {"cache_latents": 7},
+        {"cache_latents": "6"},
+        {"block_latents": 6, "cache_latents": None},
         {"drop_first_frames": 12},
         {"reference_index": 3},
         {"near_distance": 31},
@@ -346,8 +353,9 @@ def test_unknown_names_list_the_known_ones() -> None:
         load("tiny", precision="int3")
     with pytest.raises(InputError, match="single, captured"):
         load("tiny", placement="moon")
-    with pytest.raises(InputError, match="device"):
-        load("tiny", device="abacus")
+    for device in ("abacus", "mps", "meta", "xpu"):
+        with pytest.raises(InputError, match="use 'auto', 'cpu' or 'cuda'"):
+            load("tiny", device=device)
 
 
 def test_missing_files_are_listed(tmp_path: Path, folder: Path) -> None:

@@ -274,9 +274,7 @@ def test_the_lowered_step_of_an_fp8_model(tmp_path: Path) -> None:
     assert relative(Lowered(part.program.module)(*inputs.values()), wanted) < tolerance(system) == 1e-1
 
 
-def test_what_cannot_be_exported_is_told(
-    system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path
-) -> None:
+def test_what_cannot_be_exported_is_told(system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path) -> None:
     picture, sound = np.asarray(draw_portrait(0)), np.zeros(9, np.float32)
     with pytest.raises(InputError, match="5 blocks are no part of a clip; pass 1 to 4"):
         prepare(system, picture, sound, (SIDE, SIDE), blocks=5)

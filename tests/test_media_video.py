@@ -187,6 +187,12 @@ def test_bad_writers_say_what_to_do(tmp_path, monkeypatch):
     for path, told in [(tmp_path, "is a folder"), (tmp_path / "a.avi", r"end the name with \.mp4")]:
         with pytest.raises(InputError, match=told):
             VideoWriter(path, 32, 32)
+    for fps in (0, -25):
+        with pytest.raises(InputError, match="frames a second"):
+            VideoWriter(tmp_path / "a.mp4", 32, 32, fps)
+    with pytest.raises(InputError, match="AAC has no 16001 samples a second; resample to one of"):
+        VideoWriter(tmp_path / "a.mp4", 32, 32, audio_rate=16_001)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         VideoWriter(tmp_path / "file" / "a.mp4", 32, 32)

@@ -210,8 +210,10 @@ def test_warming_up_makes_sessions_ready(captured: Avatar, picture: np.ndarray, 
     assert len(engines(captured).engines) == 2
     with pytest.raises(InputError, match="sessions"):
         captured.warm_up(sessions=0)
-    with pytest.raises(InputError, match="multiples"):
-        captured.warm_up((60, 64))
+    for size in ((60, 64), (-64, 64), (10**7, 10**7)):
+        with pytest.raises(InputError, match="multiples"):
+            captured.warm_up(size, sessions=9)
+    assert engines(captured).engines.bound == 2
 
 
 def test_plain_models_warm_up_too(plain: Avatar) -> None:

@@ -18,6 +18,7 @@ from ..outputs import check_file
 # ordinary movie. A file that was cut off keeps its fragments.
 FRAGMENTED = "frag_keyframe+delay_moov+default_base_moof+hybrid_fragmented"
 WHOLE = "faststart"
+AUDIO_RATES = sorted(av.codec.Codec("aac", "w").audio_rates or ())
 BT709 = 1  # the number of BT.709 in ISO/IEC 23091-2: matrix, primaries and transfer
 
 
@@ -33,8 +34,9 @@ class VideoWriter:
             otherwise the file appears under its name when it is complete, ready for progressive download.
         crf: quality of x264, lower is better.
 
-    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no
-    file of its own, and one that got nothing at all leaves a file that was there before.
+    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no file of
+    its own, and one that got nothing at all leaves the file that was there before.
+    Errors: InputError for a name, `fps` or `audio_rate` that an MP4 cannot have, OutputError where none can be written.
     """
 
     def __init__(
@@ -57,6 +59,10 @@ class VideoWriter:
         self._started = False
         self._pending = np.zeros(0, np.float32)
         check_output(self.path)
+        if not self.fps > 0:
+            raise InputError(f"{fps} frames a second cannot be written; pass a number above 0, such as 25")
+        if audio_rate and audio_rate not in AUDIO_RATES:
+            raise InputError(f"AAC has no {audio_rate} samples a second; resample to one of {AUDIO_RATES}")
         self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
