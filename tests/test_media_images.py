@@ -1,5 +1,7 @@
 """Pictures: what is read equals what was stored, upright and in RGB; bad files say what is wrong."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from kinora.runtime.errors import InputError, OutputError
@@ -78,6 +80,12 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     assert np.array_equal(read_image(tmp_path / "deep.png")[0, :, 0], np.round(ramp[0] // 1 / 257).astype(np.uint8))
     assert tuple(read_image(tmp_path / "hole.png")[5, 5]) == WHITE
     assert tuple(read_image(tmp_path / "hole.png")[5, 45]) == GREEN
+
+
+def test_the_readme_names_every_format():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    told = readme.split("Pictures: ")[1].split(", EXIF")[0]
+    assert told.upper().split(", ") == list(images_module.FORMATS)
 
 
 def test_broken_exif_does_not_cost_the_picture(tmp_path):
