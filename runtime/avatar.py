@@ -137,7 +137,8 @@ class Avatar:
         for the model's own, and `steps`. Returns the seconds that it took.
 
         That many `sessions` of this size can then be open at once without another compilation; their memory stays
-        taken. With placement "single" there is nothing to compile, and only kernels and libraries are loaded.
+        taken. Opening or warming up another size makes room by dropping ones that wait, so warm up one size only. With
+        placement "single" there is nothing to compile, and only kernels and libraries are loaded.
         Errors: InputError as `stream`, and for a number of sessions below 1.
         """
         if sessions < 1:
