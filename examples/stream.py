@@ -23,7 +23,7 @@ def main() -> None:
             for start in range(0, len(voice), PIECE):
                 piece = voice[start : start + PIECE]
                 video.write_audio(piece)
-                video.write_frames(session.feed(piece))  # uint8 [T, H, W, 3], a block of 12 when it can be made
+                video.write_frames(session.feed(piece))  # uint8 [T, H, W, 3]: 9 with the first block, then 12
             video.write_frames(session.finish())
         print(f"{out}: {session.stats}")
 

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import numpy as np
 
 from .errors import InputError
-from .inputs import AudioInput, ImageInput, as_picture, as_sound
+from .inputs import AudioInput, ImageInput, as_picture, as_seed, as_sound
 from .placement.base import Engine, Placement
 from .placement.engines import SinglePlacement
 from .preprocess import image_pixels, select_size
@@ -79,21 +80,18 @@ class Avatar:
         if unknown:
             known = ", ".join(GenerationMode.__dataclass_fields__)
             raise InputError(f"a mode has no option {', '.join(sorted(unknown))}; it has {known}")
-        system = replace(self.system, mode=replace(self.mode, **changes))
-        return Avatar(self.name, system, self.placement)
+        mode, fixed = replace(self.mode, **changes), self.mode.block_latents
+        if mode.block_latents != fixed:
+            raise InputError(
+                f"block_latents is {mode.block_latents}; {self.name} makes blocks of {fixed} latent frames"
+            )
+        return Avatar(self.name, replace(self.system, mode=mode), self.placement)
 
     def video_size(self, picture: np.ndarray, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) of the video of a picture [H, W, 3]: `size`, the model's own, or near the picture's shape."""
         if size is None:
             return self.system.size or select_size(picture.shape[0], picture.shape[1], self.system.max_area)
-        step = 2 * self.system.vae.config.spatial_factor
-        fits = len(size) == 2 and all(side % step == 0 and SMALLEST <= side <= LARGEST for side in size)
-        if not fits:
-            raise InputError(
-                f"a video cannot be {' x '.join(str(side) for side in size)} pixels (height x width); both sides must "
-                f"be multiples of {step} from {SMALLEST} to {LARGEST}"
-            )
-        return size[0], size[1]
+        return self._fitting(size)
 
     def stream(
         self,
@@ -112,8 +110,7 @@ class Avatar:
         did; close sessions, so that the next one finds it.
         Errors: InputError for a picture, seed, number of steps or size that cannot be used.
         """
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"the seed is {seed!r}; pass a whole number from 0 to 2^63 - 1")
+        seed = as_seed(seed)
         mode = self.mode if steps is None else replace(self.mode, steps=steps)
         picture = as_picture(image)
         height, width = self.video_size(picture, size)
@@ -140,14 +137,15 @@ class Avatar:
         for the model's own, and `steps`. Returns the seconds that it took.
 
         That many `sessions` of this size can then be open at once without another compilation; their memory stays
-        taken. With placement "single" there is nothing to compile, and only kernels and libraries are loaded.
+        taken. Opening or warming up another size makes room by dropping ones that wait, so warm up one size only. With
+        placement "single" there is nothing to compile, and only kernels and libraries are loaded.
         Errors: InputError as `stream`, and for a number of sessions below 1.
         """
         if sessions < 1:
             raise InputError(f"{sessions} sessions cannot be made ready; pass 1 or more")
         started = time.perf_counter()
+        height, width = self._fitting(size or self.system.size or PORTRAIT)
         self.placement.keep(sessions)
-        height, width = size or self.system.size or PORTRAIT
         grey = np.full((height, width, 3), 128, np.uint8)
         with ExitStack() as opened:
             streams = [
@@ -187,3 +185,19 @@ class Avatar:
                 if on_progress and len(new):
                     on_progress(done, total)
         return Video(frames, mode.fps, heard, rate)
+
+    def _fitting(self, size: tuple[int, int]) -> tuple[int, int]:
+        """`size` in plain numbers; InputError when no video can have it."""
+        step = 2 * self.system.vae.config.spatial_factor
+        try:
+            height, width = map(index, size)
+            fits = all(side % step == 0 and SMALLEST <= side <= LARGEST for side in (height, width))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            told = " x ".join(map(str, size)) if isinstance(size, tuple) else repr(size)
+            raise InputError(
+                f"a video cannot be {told} pixels (height x width); both sides must be multiples of {step} from "
+                f"{SMALLEST} to {LARGEST}"
+            )
+        return height, width

@@ -18,7 +18,8 @@ from ..graphs.models.liveavatar_cache import KeyValue
 from ..graphs.models.wan_vae import DecoderState
 from ..graphs.quantize import Fp8Linear
 from .errors import InputError, OutputError
-from .inputs import ImageInput, as_picture, as_samples
+from .inputs import ImageInput, as_picture, as_samples, as_seed
+from .outputs import check_folder
 from .placement.single import SingleDevice
 from .preprocess import image_pixels
 from .samplers import euler_step
@@ -82,8 +83,10 @@ def prepare(
     """Run the first `blocks` blocks of the video of a picture and a sound (float32 [n] at 16 kHz) at `size` (height,
     width) and keep all that went in and came out.
 
-    Errors: InputError for more blocks than a clip has, and for a mode that decodes whole clips.
+    Errors: InputError for a picture, sound or seed that cannot be used, for more blocks than a clip has, and for a mode
+    that decodes whole clips.
     """
+    seed = as_seed(seed)
     dit, vae, mode = system.dit, system.vae, system.mode
     if not 1 <= blocks <= mode.clip_blocks:
         raise InputError(f"{blocks} blocks are no part of a clip; pass 1 to {mode.clip_blocks}")
@@ -160,13 +163,17 @@ def export(
     that fails stays as `<part>.failed.pt2`. Packages that were there before, also of parts that are not written now,
     are removed first: they need not fit the new stream. Errors: OutputError when a package does not run, or does not
     compute what PyTorch does, within `tolerance`; torch.OutOfMemoryError, which says nothing against the package, as
-    it comes: `<part>.unchecked.pt2` stays.
+    it comes: `<part>.unchecked.pt2` stays. OutputError also when the folder cannot be written into.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PARTS:
-        for state in ("", ".unchecked", ".failed"):
-            (folder / f"{name}{state}.pt2").unlink(missing_ok=True)
-    stream.save(folder / STREAM_FILE)
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in PARTS:
+            for state in ("", ".unchecked", ".failed"):
+                (folder / f"{name}{state}.pt2").unlink(missing_ok=True)
+        stream.save(folder / STREAM_FILE)
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
     errors = {}
     for name in parts:
         tell(f"compiling {name}")

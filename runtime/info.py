@@ -14,23 +14,29 @@ import av
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoints_tools.locate import NotFound, locate
 from ..kernels import ops
+from ..kernels.dispatch import triton_runs
 from .errors import CheckpointError
 from .load import MODELS, TINY_FOLDER, pick_device
-from .systems.liveavatar_checkpoint import BASE, find_files
+from .systems.liveavatar_checkpoint import BASE, BASE_REPOSITORY, find_files
 
 GIB = 2**30
 PACKAGES = ("torch", "triton", "torchao", "transformers", "av", "numpy")
 LIVEAVATAR_DOWNLOAD_GB = 47  # transformer 32.6, text encoder 11.4, LoRA 1.4, speech encoder and VAE
-LIVEAVATAR_MEMORY_GB = 90  # transformer and caches 76.4 at 704x384 (liveavatar.md, 5), the text encoder, the rest
+# A captured session at 704x384 and the text encoder (docs/performance.md, Memory).
+LIVEAVATAR_FP8_GB = 62  # 50.3 + 11.4
+LIVEAVATAR_BF16_GB = 103  # 91.5 + 11.4
+FP8_CAPABILITY = (8, 9)  # the first whose tensor cores multiply e4m3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; `driver` is None where nvidia-ml-py is not installed."""
+    """One CUDA device; `fp8`: whether it multiplies e4m3; `driver` is None where nvidia-ml-py is not installed."""
 
     name: str
     memory_gib: float
+    fp8: bool
     driver: str | None
 
 
@@ -92,14 +98,22 @@ def list_gpus() -> tuple[Gpu, ...]:
         return ()
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     driver = _driver()
-    return tuple(Gpu(found.name, found.total_memory / GIB, driver) for found in devices)
+    return tuple(
+        Gpu(found.name, found.total_memory / GIB, (found.major, found.minor) >= FP8_CAPABILITY, driver)
+        for found in devices
+    )
 
 
 def list_ops(device: torch.device) -> tuple[Op, ...]:
-    """The semantic ops: the files of `kernels/` that hold a `reference`."""
+    """The semantic ops: the files of `kernels/` that hold a `reference`. Those that ask the dispatch have kernels."""
     homes = {inspect.getmodule(getattr(ops, name)) for name in ops.__all__}
-    names = sorted(home.__name__.rsplit(".", 1)[1] for home in homes if home and hasattr(home, "reference"))
-    return tuple(Op(name, f"PyTorch, {device.type}") for name in names)
+    named = sorted((home.__name__.rsplit(".", 1)[1], home) for home in homes if home and hasattr(home, "reference"))
+    triton = triton_runs(torch.empty(0, device=device))
+    plain = "PyTorch" if device.type == "cpu" else "PyTorch or cuDNN"
+    return tuple(
+        Op(name, f"{'Triton' if triton and hasattr(home, 'triton_runs') else plain}, {device.type}")
+        for name, home in named
+    )
 
 
 def parameter_count(path: Path) -> int:
@@ -111,11 +125,16 @@ def parameter_count(path: Path) -> int:
         raise CheckpointError(f"{path} cannot be read ({error}); reinstall kinora") from error
 
 
-def checkpoint_places() -> list[Path]:
-    """Where the files of LiveAvatar are looked for without being told: here, ./checkpoints, the Hugging Face cache."""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
-    snapshots = (cache.expanduser() / f"models--Wan-AI--{BASE}" / "snapshots").glob("*")
-    return [Path(BASE), Path("checkpoints", BASE), *sorted(snapshots)]
+def find_checkpoint(checkpoint: Path | None) -> Path | None:
+    """The folder that `load` would take `checkpoint` for without a download. None: it is looked for here, in
+    ./checkpoints and in the Hub's cache."""
+    usual = [Path(BASE), Path("checkpoints", BASE)]
+    name = checkpoint or next((place for place in usual if place.is_dir()), BASE_REPOSITORY)
+    try:
+        found = locate(name, download=False)
+    except NotFound:
+        return None
+    return found if found.is_dir() else None
 
 
 def _tiny(device: torch.device) -> Model:
@@ -130,19 +149,26 @@ def _tiny(device: torch.device) -> Model:
 def _liveavatar(checkpoint: Path | None, gpus: tuple[Gpu, ...]) -> Model:
     name, about = "liveavatar-14b", MODELS["liveavatar-14b"]
     size = f"16.3 B parameters, {LIVEAVATAR_DOWNLOAD_GB} GB to download"
-    places = [checkpoint] if checkpoint else checkpoint_places()
-    found = next((place for place in places if place.is_dir()), None)
+    found = find_checkpoint(checkpoint)
     if found is None:
         where = str(checkpoint) if checkpoint else f"./{BASE}, ./checkpoints/{BASE} or the Hugging Face cache"
         return Model(name, about, size, None, f"no: no files in {where}; see kinora info --help")
     missing = find_files(found).missing
     if missing:
         return Model(name, about, size, found, f"no: {found} lacks {', '.join(missing)}")
+    return Model(name, about, size, found, _liveavatar_on(gpus))
+
+
+def _liveavatar_on(gpus: tuple[Gpu, ...]) -> str:
+    """Whether a complete LiveAvatar would run on one of the GPUs, and in which precision."""
     largest = max((gpu.memory_gib * GIB / 1e9 for gpu in gpus), default=0.0)
-    if largest < LIVEAVATAR_MEMORY_GB:
-        has = f"the largest here has {largest:.0f} GB" if gpus else "this machine has none"
-        return Model(name, about, size, found, f"no: it takes a GPU with {LIVEAVATAR_MEMORY_GB} GB; {has}")
-    return Model(name, about, size, found, "yes, on one GPU in bfloat16")
+    largest_fp8 = max((gpu.memory_gib * GIB / 1e9 for gpu in gpus if gpu.fp8), default=0.0)
+    fits = {"bfloat16": largest >= LIVEAVATAR_BF16_GB, "FP8 (precision fp8)": largest_fp8 >= LIVEAVATAR_FP8_GB}
+    if any(fits.values()):
+        return f"yes, on one GPU in {' or '.join(precision for precision, fit in fits.items() if fit)}"
+    has = f"the largest here has {largest:.0f} GB" if gpus else "this machine has none"
+    wanted = f"{LIVEAVATAR_FP8_GB} GB for FP8 (H100, H200 or later) or {LIVEAVATAR_BF16_GB} GB for bfloat16"
+    return f"no: it takes a GPU with {wanted}; {has}"
 
 
 def _memory_gib() -> float | None:

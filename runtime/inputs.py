@@ -1,27 +1,26 @@
 """What people pass as picture and sound -> arrays, with errors that say what to do."""
 
 import os
+from operator import index
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .media.images import read_image
+from .media.images import read_image, rgb_pixels
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
 AudioInput = str | os.PathLike[str] | np.ndarray
 
 
 def as_picture(image: ImageInput) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a file, a PIL image (transparent parts on white) or such an array."""
+    """uint8 RGB [H, W, 3] of a file, a PIL image (like its file: upright, transparency on white) or such an array."""
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return np.array(image.convert("RGB"))
+        return rgb_pixels(image, "the picture")
     if not isinstance(image, np.ndarray):
         raise InputError(f"the picture is a {type(image).__name__}; pass a path, a PIL image or a uint8 array")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -40,6 +39,17 @@ def as_samples(samples: np.ndarray) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise InputError("the sound holds NaN or infinite samples; repair or re-record it")
     return samples.astype(np.float32, copy=False)
+
+
+def as_seed(seed: SupportsIndex) -> int:
+    """A seed that a generator takes. Raises InputError for anything but a whole number from 0 to 2^63 - 1."""
+    try:
+        number = index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise InputError(f"the seed is {seed!r}; pass a whole number from 0 to 2^63 - 1")
+    return number
 
 
 def as_sound(audio: AudioInput, model_rate: int, file_rate: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -119,15 +119,18 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def pick_device(device: str) -> "torch.device":
-    """ "auto": CUDA where there is one, else the CPU; otherwise a torch device name. InputError for an absent one."""
+    """ "auto": CUDA where there is one, else the CPU; or a name of either. InputError for another or absent one."""
     import torch
 
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = f"{device!r} is no device that models run on; use 'auto', 'cpu' or 'cuda'"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"{device!r} is no device; use 'auto', 'cpu' or 'cuda'") from error
+        raise InputError(unknown) from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(unknown)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here; use device='cpu' or 'auto'")
     if chosen.type == "cuda" and chosen.index not in (None, torch.cuda.current_device()):

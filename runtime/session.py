@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -90,7 +89,12 @@ class Session:
         self._check_open()
         samples = as_samples(samples)
         self._samples += len(samples)
-        return self._run(self._features.push, torch.from_numpy(np.ascontiguousarray(samples)))
+        heard = torch.from_numpy(np.require(samples, requirements=["C", "W"]))  # PyTorch warns if not writable
+        # block by block: each copies what is left, and features of minutes of sound would take gigabytes
+        pieces = heard.split(self.mode.block_frames * self.mode.samples_per_frame)
+        made = [self._run(self._features.push, piece) for piece in pieces]
+        frames = [some for some in made if len(some)] or made[:1]
+        return frames[0] if len(frames) == 1 else np.concatenate(frames)
 
     def finish(self) -> np.ndarray:
         """The remaining frames, as if silence followed: ceil(seconds * fps) in all. Takes no more sound afterwards."""
@@ -109,9 +113,19 @@ class Session:
         return np.concatenate(last)[: total - made]
 
     def close(self) -> None:
-        """Free the session's memory, or keep what was compiled for the next one; what `finish` would give is lost."""
-        engine, self._engine, self._blocks, self._finished = self._engine, None, None, True
-        if engine is not None:
+        """Free the session's memory, or keep what was compiled for the next one; what `finish` would give is lost.
+
+        Any thread may close. In placement "captured" or "batched" that waits for the block that is being made; a `feed`
+        or `finish` of another thread that has more to make raises InputError.
+        """
+        self._finished = True
+        engine = self._engine
+        if engine is None:
+            return
+        with engine.turn:  # a block of this session may be running on it
+            if self._engine is None:  # closed by another thread
+                return
+            self._engine = self._blocks = None
             engine.release()
 
     def __enter__(self) -> "Session":
@@ -124,18 +138,17 @@ class Session:
 
     def _check_open(self) -> None:
         if self._finished:
-            raise InputError("this session has ended; open a new one with Avatar.stream()")
+            raise _ended()
 
     @torch.inference_mode()
     def _run(self, extract: Callable[[Tensor], Tensor], samples: Tensor) -> np.ndarray:
         """Features of `samples` -> frames of the blocks that are finished now."""
         started = time.perf_counter()
-        assert self._blocks is not None
         self._pending = torch.cat((self._pending, extract(samples)), -1)
         frames, step = [np.empty((0, *self.size, 3), np.uint8)], self.mode.block_frames
         while self._pending.shape[-1] >= step:
             features = self._pending[None, ..., :step]
-            frames.append(self._show(partial(self._blocks.next, features), started))
+            frames.append(self._show(features, started))
             self._pending = self._pending[..., step:].clone()
         self._working += time.perf_counter() - started
         return frames[1] if len(frames) == 2 else np.concatenate(frames)
@@ -144,17 +157,27 @@ class Session:
     def _drain(self) -> np.ndarray:
         """Frames of the blocks that are still on their way."""
         started = time.perf_counter()
-        assert self._blocks is not None
-        frames = self._show(self._blocks.finish, started)
+        frames = self._show(None, started)
         self._working += time.perf_counter() - started
         return frames
 
-    def _show(self, make: Callable[[], tuple[Tensor, Tensor]], started: float) -> np.ndarray:
-        """Frames of what `make` gives, on the host; the work that they are part of began at `started`."""
-        assert self._engine is not None
-        with self._engine.turn:
-            frames = frames_to_bytes(make()[1]).cpu().numpy()
+    def _show(self, features: Tensor | None, started: float) -> np.ndarray:
+        """Frames that the next block's features bring, None: of the blocks still on their way, on the host; the work
+        that they are part of began at `started`."""
+        engine = self._engine
+        if engine is None:
+            raise _ended()
+        with engine.turn:
+            blocks = self._blocks
+            if blocks is None:  # closed while this thread waited: the engine may be another session's by now
+                raise _ended()
+            made = blocks.finish() if features is None else blocks.next(features)
+            frames = frames_to_bytes(made[1]).cpu().numpy()
         self._frames += len(frames)
         if self._first_frame is None and self._frames:
             self._first_frame = self._opening + self._working + time.perf_counter() - started
         return frames
+
+
+def _ended() -> InputError:
+    return InputError("this session has ended; open a new one with Avatar.stream()")

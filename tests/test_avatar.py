@@ -87,6 +87,12 @@ def test_seeds_reproduce_bytes_and_matter(avatar: Avatar, picture: np.ndarray, w
     assert not np.array_equal(avatar.generate(picture, sound(1.3, seed=2), seed=3).frames, whole)
 
 
+def test_seeds_may_be_numpy_s(avatar: Avatar, picture: np.ndarray, whole: np.ndarray) -> None:
+    with avatar.stream(picture, seed=np.int64(3)) as session:
+        frames = session.feed(sound(1.3))
+    assert np.array_equal(frames, whole[: len(frames)])
+
+
 @pytest.mark.parametrize("samples", [1, 640, 641, 5760, 7680, 16_000])
 def test_frames_cover_the_sound_exactly(avatar: Avatar, picture: np.ndarray, samples: int) -> None:
     seen: list[tuple[int, int]] = []
@@ -120,6 +126,17 @@ def test_frames_come_as_soon_as_a_block_is_heard(avatar: Avatar, picture: np.nda
         rest = session.finish()
         assert len(rest) == -(-needed // 640) - 9
         assert session.stats.frames == -(-needed // 640)
+
+
+def test_a_long_sound_is_heard_block_by_block(
+    avatar: Avatar, picture: np.ndarray, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with avatar.stream(picture, seed=3) as session:
+        push, heard = session._features.push, []
+        monkeypatch.setattr(session._features, "push", lambda samples: heard.append(len(samples)) or push(samples))
+        frames = session.feed(sound(1.3))
+        assert max(heard) == 12 * 640 and sum(heard) == round(1.3 * RATE)
+        assert np.array_equal(np.concatenate((frames, session.finish())), whole)
 
 
 def test_shown_frame_belongs_to_the_sound_at_its_time(avatar: Avatar, picture: np.ndarray) -> None:
@@ -257,6 +274,18 @@ def test_empty_sound_is_refused_by_generate_and_harmless_in_a_session(avatar: Av
         assert session.finish().shape == (0, SIDE, SIDE, 3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_sound_that_cannot_be_written_to_is_taken(avatar: Avatar, picture: np.ndarray, whole: np.ndarray) -> None:
+    """As `np.frombuffer` gives it; PyTorch would warn, by default once a process."""
+    torch.set_warn_always(True)
+    try:
+        with avatar.stream(picture, seed=3) as session:
+            frames = session.feed(np.frombuffer(sound(1.3).tobytes(), np.float32))
+    finally:
+        torch.set_warn_always(False)
+    assert np.array_equal(frames, whole[: len(frames)]) and len(frames)
+
+
 def test_ended_sessions_say_so(avatar: Avatar, picture: np.ndarray) -> None:
     session = avatar.stream(picture)
     session.finish()
@@ -279,6 +308,11 @@ def test_ended_sessions_say_so(avatar: Avatar, picture: np.ndarray) -> None:
         ({"size": (60, 64)}, "multiples of 16"),
         ({"size": (64, 1 << 20)}, "from 64 to 2048"),
         ({"size": (64,)}, "height x width"),
+        ({"size": 192}, "cannot be 192 pixels"),
+        ({"size": (64.0, 64.0)}, "multiples of 16"),
+        ({"size": "64x64"}, "cannot be '64x64' pixels"),
+        ({"steps": "4"}, "steps is '4'; it must be a whole number"),
+        ({"steps": 2.0}, "whole number"),
     ],
 )
 def test_bad_options_are_refused(avatar: Avatar, picture: np.ndarray, options: dict, told: str) -> None:
@@ -299,6 +333,8 @@ def test_bad_pictures_are_refused(avatar: Avatar, image: object) -> None:
     [
         {"colour": 1},
         {"cache_latents": 7},
+        {"cache_latents": "6"},
+        {"block_latents": 6, "cache_latents": None},
         {"drop_first_frames": 12},
         {"reference_index": 3},
         {"near_distance": 31},
@@ -317,8 +353,9 @@ def test_unknown_names_list_the_known_ones() -> None:
         load("tiny", precision="int3")
     with pytest.raises(InputError, match="single, captured"):
         load("tiny", placement="moon")
-    with pytest.raises(InputError, match="device"):
-        load("tiny", device="abacus")
+    for device in ("abacus", "mps", "meta", "xpu"):
+        with pytest.raises(InputError, match="use 'auto', 'cpu' or 'cuda'"):
+            load("tiny", device=device)
 
 
 def test_missing_files_are_listed(tmp_path: Path, folder: Path) -> None:

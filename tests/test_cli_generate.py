@@ -127,6 +127,10 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(inputs, fake, capsys):
     fake(FakeSession(stop_at=0))
     assert run(JOB, capsys)[:2] == (130, "stopped: nothing was written\n")
     assert not Path("talk.mp4").exists()
+    Path("talk.mp4").write_text("precious")
+    fake(FakeSession(stop_at=0))
+    assert run([*JOB, "-y"], capsys)[:2] == (130, "stopped: nothing was written\n")
+    assert Path("talk.mp4").read_text() == "precious"
 
 
 def test_ctrl_c_while_loading_leaves_nothing(inputs, monkeypatch, capsys):
@@ -155,6 +159,24 @@ def test_an_existing_file_is_kept_unless_told(inputs, fake, capsys):
     assert Path("talk.mp4").read_text() == "precious"
     assert run([*JOB, "-y"], capsys)[0] == 0
     assert len(read_video("talk.mp4").frames) == 33
+
+
+@pytest.mark.parametrize("option", ["--audio", "--image"])
+def test_an_input_is_never_overwritten(inputs, fake, capsys, option):
+    """Not even under another name."""
+    fake(FakeSession())
+    given = Path(JOB[JOB.index(option) + 1]).rename("given.mp4")
+    before = given.read_bytes()
+    Path("talk.mp4").symlink_to(given)
+    code, _, err = run([*JOB, option, str(given), "-y"], capsys)
+    assert code == 2 and len(err) == 1 and "talk.mp4 is an input as well" in err[0]
+    assert given.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_told_before_loading(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, _, err = run([*JOB[:-1], "voice.wav/talk.mp4"], capsys)
+    assert code == 2 and len(err) == 1 and "voice.wav is no folder" in err[0]
 
 
 def test_silence_is_refused_until_allowed(inputs, fake, capsys):

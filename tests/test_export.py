@@ -274,13 +274,20 @@ def test_the_lowered_step_of_an_fp8_model(tmp_path: Path) -> None:
     assert relative(Lowered(part.program.module)(*inputs.values()), wanted) < tolerance(system) == 1e-1
 
 
-def test_what_cannot_be_exported_is_told(system: LiveAvatarSystem, stream: PreparedStream) -> None:
+def test_what_cannot_be_exported_is_told(system: LiveAvatarSystem, stream: PreparedStream, tmp_path: Path) -> None:
     picture, sound = np.asarray(draw_portrait(0)), np.zeros(9, np.float32)
     with pytest.raises(InputError, match="5 blocks are no part of a clip; pass 1 to 4"):
         prepare(system, picture, sound, (SIDE, SIDE), blocks=5)
+    with pytest.raises(InputError, match="the seed is -1"):
+        prepare(system, picture, sound, (SIDE, SIDE), seed=-1)
     clips = replace(system, mode=replace(system.mode, decoding=Decoding.CLIP))
     with pytest.raises(InputError, match="decodes whole clips"):
         prepare(clips, picture, sound, (SIDE, SIDE))
+    with pytest.raises(OutputError, match="is no folder"):
+        export(system, stream, Path(__file__))
+    (tmp_path / "step.pt2").mkdir()
+    with pytest.raises(OutputError, match="cannot write into"):
+        export(system, stream, tmp_path)
     with pytest.raises(ValueError, match="has not begun"):
         traced(system, replace(stream, slots=[]), "decode")
     with pytest.raises(ValueError, match="does not hold whole blocks of 48 tokens"):
@@ -406,6 +413,8 @@ def test_bad_input_is_one_line(
     assert main([*command, "--part", "decode"]) == 2  # step.pt2 would not fit its stream, and go
     assert "step.pt2 exists; pass --overwrite" in capsys.readouterr().err
     monkeypatch.setattr("shutil.which", lambda _: None)
+    assert main([*command[:-1], str(tmp_path / "step.pt2")]) == 2
+    assert "step.pt2 is no folder" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 2
     assert "there is no C++ compiler" in capsys.readouterr().err
 

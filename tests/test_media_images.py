@@ -1,8 +1,11 @@
 """Pictures: what is read equals what was stored, upright and in RGB; bad files say what is wrong."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from kinora.runtime.errors import InputError, OutputError
+from kinora.runtime.inputs import as_picture
 from kinora.runtime.media import images as images_module
 from kinora.runtime.media import read_image, write_image
 from media_files import GREEN, RED, WHITE, quarters
@@ -27,6 +30,27 @@ def test_exif_orientation_is_undone(tmp_path, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "photo.png"), quarters())
+
+
+def test_an_open_picture_is_read_as_its_file(tmp_path):
+    """Rotated by EXIF, with 16 bits, transparent; and with the same errors."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(quarters()).resize((600, 400)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(np.repeat(np.linspace(0, 65535, 32)[None], 32, axis=0).astype(np.uint16)).save(
+        tmp_path / "deep.png"
+    )
+    Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "logo.png")
+    for name in ("turned.jpg", "deep.png", "logo.png"):
+        with Image.open(tmp_path / name) as image:
+            assert np.array_equal(as_picture(image), read_image(tmp_path / name))
+    data = (tmp_path / "turned.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with Image.open(tmp_path / "cut.jpg") as cut:
+        bad = {"the picture is damaged or cut off": cut, "at least 16": Image.new("RGB", (8, 300))}
+        for told, image in bad.items():
+            with pytest.raises(InputError, match=told):
+                as_picture(image)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -56,6 +80,12 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     assert np.array_equal(read_image(tmp_path / "deep.png")[0, :, 0], np.round(ramp[0] // 1 / 257).astype(np.uint8))
     assert tuple(read_image(tmp_path / "hole.png")[5, 5]) == WHITE
     assert tuple(read_image(tmp_path / "hole.png")[5, 45]) == GREEN
+
+
+def test_the_readme_names_every_format():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    told = readme.split("Pictures: ")[1].split(", EXIF")[0]
+    assert told.upper().split(", ") == list(images_module.FORMATS)
 
 
 def test_broken_exif_does_not_cost_the_picture(tmp_path):

@@ -136,6 +136,14 @@ def test_without_frames_no_file_is_left(tmp_path, fragmented):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_a_writer_that_got_nothing_keeps_the_file_before_it(tmp_path, fragmented):
+    (tmp_path / "a.mp4").write_text("precious")
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=fragmented):
+        pass
+    assert (tmp_path / "a.mp4").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_finished_streamed_file_is_an_ordinary_movie(tmp_path):
     """Once closed, the index at the file's end lists every frame, as players that know no fragments need."""
     with VideoWriter(tmp_path / "a.mp4", 32, 32, fragmented=True) as writer:
@@ -175,13 +183,25 @@ def test_a_full_disk_is_told(tmp_path, fragmented):
     assert process.stdout.startswith(f"cannot write {tmp_path / 'a.mp4'}: "), process.stderr
 
 
-def test_bad_writers_say_what_to_do(tmp_path):
+def test_bad_writers_say_what_to_do(tmp_path, monkeypatch):
     for path, told in [(tmp_path, "is a folder"), (tmp_path / "a.avi", r"end the name with \.mp4")]:
         with pytest.raises(InputError, match=told):
             VideoWriter(path, 32, 32)
+    for fps in (0, -25):
+        with pytest.raises(InputError, match="frames a second"):
+            VideoWriter(tmp_path / "a.mp4", 32, 32, fps)
+    with pytest.raises(InputError, match="AAC has no 16001 samples a second; resample to one of"):
+        VideoWriter(tmp_path / "a.mp4", 32, 32, audio_rate=16_001)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         VideoWriter(tmp_path / "file" / "a.mp4", 32, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # root may write everywhere
+        (tmp_path / "old.mp4").touch()
+        for name in ("old.mp4", "new.mp4", "new/new.mp4"):
+            with pytest.raises(OutputError, match="no permission"):
+                VideoWriter(tmp_path / name, 32, 32)
     with VideoWriter(tmp_path / "a.mp4", 32, 32, audio_rate=None) as writer:
         for frames in (np.zeros((1, 32, 32, 3), np.float32), np.zeros((32, 32, 3), np.uint8)):
             with pytest.raises(ValueError, match="takes uint8"):

@@ -151,6 +151,57 @@ def test_sessions_side_by_side_do_not_meet(plain: Avatar, captured: Avatar, pict
     assert all(same_frames(found[seed], wanted[seed - 1]) for seed in (1, 2))
 
 
+def test_a_session_closed_while_it_waits_leaves_its_engine_to_the_next(
+    captured: Avatar, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = captured.generate(picture, LOUD, seed=5, steps=1).frames
+    left = captured.stream(picture[::-1], seed=1, steps=1)
+    ends: list[Exception] = []
+    waits, push = threading.Event(), left._features.push
+
+    def hear(samples: torch.Tensor) -> torch.Tensor:
+        features = push(samples)
+        waits.set()
+        return features
+
+    def feed() -> None:
+        try:
+            left.feed(LOUD)
+        except Exception as error:
+            ends.append(error)
+
+    monkeypatch.setattr(left._features, "push", hear)
+    thread = threading.Thread(target=feed)
+    with engines(captured).turn:  # as another session has it while it works
+        thread.start()
+        assert waits.wait(10)
+        left.close()
+        later = captured.stream(picture, seed=5, steps=1)
+        frames = [later.feed(LOUD[:8000])]
+    thread.join(10)  # has had its turn between two blocks of `later`
+    with later:
+        frames += [later.feed(LOUD[8000:]), later.finish()]
+    assert [type(error) for error in ends] == [InputError] and "has ended" in str(ends[0])
+    assert np.array_equal(np.concatenate(frames), wanted)
+
+
+def test_a_session_closed_in_the_middle_of_a_feed_says_so(
+    plain: Avatar, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = plain.stream(picture, steps=1)
+    blocks = session._blocks
+    assert blocks is not None
+    make = blocks.next
+
+    def closing(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        session.close()
+        return make(features)
+
+    monkeypatch.setattr(blocks, "next", closing)
+    with pytest.raises(InputError, match="has ended"):
+        session.feed(sound(1.2))
+
+
 def test_warming_up_makes_sessions_ready(captured: Avatar, picture: np.ndarray, compilations: list[object]) -> None:
     assert captured.warm_up(steps=1, sessions=2) > 0
     assert len(compilations) == 2 and len(engines(captured).engines) == 2
@@ -159,8 +210,10 @@ def test_warming_up_makes_sessions_ready(captured: Avatar, picture: np.ndarray, 
     assert len(engines(captured).engines) == 2
     with pytest.raises(InputError, match="sessions"):
         captured.warm_up(sessions=0)
-    with pytest.raises(InputError, match="multiples"):
-        captured.warm_up((60, 64))
+    for size in ((60, 64), (-64, 64), (10**7, 10**7)):
+        with pytest.raises(InputError, match="multiples"):
+            captured.warm_up(size, sessions=9)
+    assert engines(captured).engines.bound == 2
 
 
 def test_plain_models_warm_up_too(plain: Avatar) -> None:

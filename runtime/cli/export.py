@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError, OutputError
 from ..media.images import read_image
+from ..outputs import check_folder
 from .options import Debug, Overwrite, check_overwrite, parse_size
 
 app = typer.Typer(help="Write a model for programs that are not Python.")
@@ -69,6 +70,7 @@ def aoti(
     for name in ("step", "decode"):  # what is not written now is removed: it does not fit the new stream
         check_overwrite(output / f"{name}.pt2", overwrite)
     check_overwrite(output / "stream.pt", overwrite)
+    check_folder(output)
     from ...graphs.host_compiler import sharing_compiler
 
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .options import Debug, Overwrite, check_overwrite, parse_size
+from .options import Debug, Overwrite, check_no_input, check_overwrite, parse_size
 from .progress import FrameProgress
 
 STOPPED = 130  # exit code after Ctrl-C
@@ -63,6 +63,7 @@ def generate(
     from .record import MODEL_RATE, record
 
     check_output(output)
+    check_no_input(output, image, audio)
     check_overwrite(output, overwrite)
     chosen_size = parse_size(size)
     picture = read_image(image)

@@ -13,7 +13,8 @@ from .options import Debug
 
 def info(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder to look for the files of liveavatar-14b in; see below.")
+        Path | None,
+        typer.Option(help="Folder of the files of liveavatar-14b, or owner/name in the Hub's cache; see below."),
     ] = None,
     debug: Debug = False,
 ) -> None:

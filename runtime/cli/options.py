@@ -17,6 +17,13 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} exists; pass --overwrite to replace it, or another name")
 
 
+def check_no_input(output: Path, *inputs: Path) -> None:
+    """Raises InputError when the output is one of the inputs, under whatever name: writing would destroy it."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise InputError(f"{output} is an input as well; give the output another name")
+
+
 def parse_size(text: str) -> tuple[int, int] | None:
     """ "704x384" (width x height) or "256" -> (height, width); None for nothing. InputError for other words."""
     if not text:

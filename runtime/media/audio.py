@@ -76,7 +76,7 @@ def _resampled(container: InputContainer, stream: AudioStream, rate: int) -> Ite
         if setup != (found := (frame.format.name, frame.layout.name, frame.sample_rate)):
             if resampler is not None:
                 yield from map(_mono, resampler.resample(None))
-            resampler, setup = av.AudioResampler("fltp", _mixed_layout(frame), rate), found
+            resampler, setup = av.AudioResampler("flt", _mixed_layout(frame), rate), found
         assert resampler is not None
         yield from map(_mono, resampler.resample(frame))
     if resampler is not None:
@@ -99,7 +99,8 @@ def _without_padding(pieces: Iterator[np.ndarray], end: int, most: int) -> Itera
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
-    return frame.to_ndarray().mean(axis=0, dtype=np.float32)  # [channels, n] -> [n]
+    packed = frame.to_ndarray()  # [1, n * channels]: PyAV crashes on planes of more than 7 channels
+    return packed.reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
 
 
 def _mixed_layout(frame: av.AudioFrame) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +28,15 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     _check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large pictures (our own limit is lower), broken EXIF data
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(path, *image.size)
-                return np.asarray(_to_rgb(path, _upright(image)))
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has absurdly many pixels; the limit is {MAX_PIXELS // 10**6} million") from error
-    except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS).lower()
-        raise InputError(f"{path} is not a picture that can be read; give one of: {known}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged data
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged or cut off ({error}); export the picture again") from error
+    with _clear_errors(str(path)), Image.open(path, formats=FORMATS) as image:
+        return rgb_pixels(image, str(path))
+
+
+def rgb_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """What `read_image` gives for a picture that is open, with its errors, in which it is called `name`."""
+    _check_size(name, *image.size)
+    with _clear_errors(name):
+        return np.array(_to_rgb(name, _upright(image)))
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
@@ -61,6 +57,24 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """What Pillow raises becomes an InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures (our own limit is lower), broken EXIF data
+            yield
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has absurdly many pixels; the limit is {MAX_PIXELS // 10**6} million") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS).lower()
+        raise InputError(f"{name} is not a picture that can be read; give one of: {known}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what its decoders raise on damaged data
+        raise InputError(f"{name} is damaged or cut off ({error}); export the picture again") from error
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a picture file")
@@ -72,12 +86,12 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path} is an empty file; give a picture")
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"{path} is {width}x{height} pixels; each side must have at least {MIN_SIDE}")
+        raise InputError(f"{name} is {width}x{height} pixels; each side must have at least {MIN_SIDE}")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         limit = f"at most {MAX_SIDE} a side and {MAX_PIXELS // 10**6} million in all"
-        raise InputError(f"{path} is {width}x{height} pixels; scale it down ({limit})")
+        raise InputError(f"{name} is {width}x{height} pixels; scale it down ({limit})")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -88,12 +102,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a sample, in "I;16" or widened to 32
         samples = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.clip(samples + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise InputError(f"{path} holds floating-point samples of unknown range; save it with 8 bits a channel")
+        raise InputError(f"{name} holds floating-point samples of unknown range; save it with 8 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -12,11 +12,13 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from ..errors import InputError, OutputError
+from ..outputs import check_file
 
 # The sound delay that AAC needs is written once the first fragment is known; at the end the fragments become one
 # ordinary movie. A file that was cut off keeps its fragments.
 FRAGMENTED = "frag_keyframe+delay_moov+default_base_moof+hybrid_fragmented"
 WHOLE = "faststart"
+AUDIO_RATES = sorted(av.codec.Codec("aac", "w").audio_rates or ())
 BT709 = 1  # the number of BT.709 in ISO/IEC 23091-2: matrix, primaries and transfer
 
 
@@ -32,7 +34,9 @@ class VideoWriter:
             otherwise the file appears under its name when it is complete, ready for progressive download.
         crf: quality of x264, lower is better.
 
-    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no file.
+    As a context manager it finishes the file also when the block raises. A writer that got no frame leaves no file of
+    its own, and one that got nothing at all leaves the file that was there before.
+    Errors: InputError for a name, `fps` or `audio_rate` that an MP4 cannot have, OutputError where none can be written.
     """
 
     def __init__(
@@ -52,9 +56,14 @@ class VideoWriter:
         self.frames_written = 0
         self.samples_written = 0
         self.closed = False
+        self._started = False
         self._pending = np.zeros(0, np.float32)
-        self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         check_output(self.path)
+        if not self.fps > 0:
+            raise InputError(f"{fps} frames a second cannot be written; pass a number above 0, such as 25")
+        if audio_rate and audio_rate not in AUDIO_RATES:
+            raise InputError(f"AAC has no {audio_rate} samples a second; resample to one of {AUDIO_RATES}")
+        self._target = self.path if fragmented else self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._container = av.open(
@@ -118,7 +127,8 @@ class VideoWriter:
         except (OSError, av.error.FFmpegError) as error:
             raise self._failure(error) from error
         finally:
-            if not self.frames_written or self._target != self.path:
+            # a writer in place that wrote nothing has not touched what was there before
+            if self._target != self.path or (self._started and not self.frames_written):
                 self._target.unlink(missing_ok=True)
 
     def __enter__(self) -> "VideoWriter":
@@ -160,6 +170,9 @@ class VideoWriter:
 
     def _mux(self, packets: list[av.Packet]) -> None:
         try:
+            if packets and not self._started:
+                self._container.start_encoding()  # opens the file
+                self._started = True
             self._container.mux(packets)
         except (OSError, av.error.FFmpegError) as error:
             raise self._failure(error) from error
@@ -173,7 +186,8 @@ class VideoWriter:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError for a name that no MP4 can be written under."""
+    """Raises InputError for a name that no MP4 can be written under, OutputError where none can be written."""
+    check_file(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a video file in it, such as {path / 'talk.mp4'}")
     if path.suffix.lower() != ".mp4":

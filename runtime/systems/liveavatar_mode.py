@@ -7,6 +7,7 @@ Upstream has three copies of its loop; they differ in the reference latent, the 
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import SupportsIndex
 
 from ..errors import InputError
 from ..samplers import Schedule, euler_schedule
@@ -73,6 +74,11 @@ class GenerationMode:
             "warm_latents",
             "slide_frames",
         )
+        others = ("cache_latents", "reference_index", "drop_first_frames", "near_distance", "far_distance")
+        for name in (*counts, *others):
+            value = getattr(self, name)
+            if not isinstance(value, SupportsIndex) and (name, value) != ("cache_latents", None):
+                raise InputError(f"{name} is {value!r}; it must be a whole number")
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
