@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 internal error, 2 input that cannot be used, 130 stopped with Ctrl-C.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from .face import face
 from .generate import generate
 from .info import info
 from .inspect import inspect
+
+QUIET = ("torchao", "torch.utils._pytree")
+"""Loggers of what transformers import on the way: they warn of parts of torchao that nothing here uses."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command()(generate)
@@ -55,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(app: typer.Typer, arguments: list[str], name: str) -> int:
     """`main` for any Typer program called `name` whose errors are to be told in the same way."""
     arguments = arguments or ["--help"]
+    if "--debug" not in arguments:
+        for logger in QUIET:
+            logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         return app(arguments, prog_name=name, standalone_mode=False) or 0
     except Exception as error:
