@@ -62,7 +62,7 @@ def gradients(registered: bool, leaves: list[Tensor], weights: Tensor, **options
 
 
 @pytest.mark.parametrize("queries", [20, 133])
-@pytest.mark.parametrize("kind", ["plain", "table", "lengths", "mask"])
+@pytest.mark.parametrize("kind", ["plain", "table", "lengths", "all tables", "all lengths", "mask"])
 def test_gradients_match_the_reference(kind: str, queries: int, kernel_device: torch.device) -> None:
     """133 queries rotate once beforehand, 20 on load; a segment without valid keys has zero gradients."""
     shapes = [(2, queries, 2, 32), (2, 37, 2, 32), (2, 61, 2, 32), (2, 37, 2, 32), (2, 61, 2, 32)]
@@ -73,6 +73,8 @@ def test_gradients_match_the_reference(kind: str, queries: int, kernel_device: t
         "plain": {},
         "table": {"ropes": [None, table(40, 32, kernel_device)]},
         "lengths": {"lengths": [count(0, kernel_device), 45]},
+        "all tables": {"ropes": [table(rows, 32, kernel_device) for rows in (37, 40)]},
+        "all lengths": {"lengths": [count(rows, kernel_device) for rows in (20, 45)]},
         "mask": {"mask": mask},
     }[kind]
     weights = torch.randn(shapes[0], device=kernel_device)
@@ -91,13 +93,15 @@ def test_half_precision_gradients_stay_close(kernel_device: torch.device) -> Non
         assert relative(found, wanted) < 1e-2
 
 
-def test_the_op_without_kernels_computes_the_reference() -> None:
+@pytest.mark.parametrize("plain_keys", [False, True])
+def test_the_op_without_kernels_computes_the_reference(plain_keys: bool) -> None:
     """What a tracer on a machine without a GPU runs."""
     leaves = [torch.randn(1, n, 2, 16) for n in (4, 5, 6, 5, 6)]
     options: dict[str, object] = {
         "ropes": [table(3, 16, torch.device("cpu")), None],
         "lengths": [None, count(2, leaves[0].device)],
     }
+    options = {} if plain_keys else options
     weights = torch.randn(1, 4, 2, 16)
     for found, wanted in zip(
         gradients(True, leaves, weights, **options), gradients(False, leaves, weights, **options), strict=True
