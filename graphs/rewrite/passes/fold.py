@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ..nodes import VIEWS, drop, finish, mutates, replace, weight_node, written
+from ..nodes import VIEWS, changing, drop, finish, mutates, replace, weight_node
 from ..program import Program, Report
 
 ATEN = torch.ops.aten
@@ -30,9 +30,9 @@ def _lifetimes(program: Program) -> dict[fx.Node, str]:
     What is written in place changes as often as a step.
     """
     lifetime: dict[fx.Node, str] = {}
-    changing = _written(program)
+    written = changing(program)
     for node in program.graph.nodes:
-        if node in changing:
+        if node in written:
             lifetime[node] = "step"
         elif node.op == "placeholder":
             lifetime[node] = node.meta["lifetime"]
@@ -43,19 +43,6 @@ def _lifetimes(program: Program) -> dict[fx.Node, str]:
             known = needs <= {"model", "schedule"} and (bool(needs) or node.target in COUNTING)
             lifetime[node] = ("schedule" if "schedule" in needs else "model") if known else "step"
     return lifetime
-
-
-def _written(program: Program) -> set[fx.Node]:
-    """Tensors that some call writes into, directly or through views."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        stack = written(node)
-        while stack:
-            tensor = stack.pop()
-            found.add(tensor)
-            if tensor.op == "call_function" and tensor.target in VIEWS:
-                stack += tensor.all_input_nodes
-    return found
 
 
 def _boundary(program: Program, lifetime: dict[fx.Node, str], which: str) -> list[fx.Node]:
