@@ -232,6 +232,46 @@ def test_clean_removes_what_changes_nothing() -> None:
     close(run(made, x), idle(x))
 
 
+def written_through_a_view(x: Tensor) -> Tensor:
+    y = torch.cat([x])
+    y.view(-1).add_(1)
+    return x * y
+
+
+def source_written_later(x: Tensor) -> Tensor:
+    y = torch.cat([x[:1]])
+    x.add_(1)
+    return x * y
+
+
+def repeat_of_what_is_written(x: Tensor) -> Tensor:
+    y = torch.repeat_interleave(x, 1, dim=0)
+    x.reshape(-1).add_(1)
+    return x * y
+
+
+@pytest.mark.parametrize("function", [written_through_a_view, source_written_later, repeat_of_what_is_written])
+def test_clean_keeps_copies_of_what_is_written(function: Callable[[Tensor], Tensor]) -> None:
+    x = tokens()
+    made, wanted = program(nn.Module(), x, function=function), function(x.clone())
+    assert passes.clean(made).matches == 0
+    close(run(made, x), wanted)
+
+
+def test_clean_gives_callers_tensors_of_their_own() -> None:
+    """They may write to a result; one that nobody else holds needs no copy."""
+    x = tokens()
+
+    def copies(x: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        return torch.cat([x]).view(-1), torch.cat([y]), torch.cat([y])
+
+    made = program(nn.Module(), x, function=copies)
+    assert passes.clean(made).matches == 1
+    owned = {t.untyped_storage().data_ptr() for t in (x, *run(made, x))}
+    assert len(owned) == 4
+
+
 def test_quantise_and_emit() -> None:
     torch.manual_seed(0)
     first, second, x = nn.Linear(WIDTH, 64).bfloat16(), nn.Linear(64, WIDTH).bfloat16(), tokens().bfloat16()
