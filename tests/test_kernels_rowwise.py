@@ -83,6 +83,17 @@ def test_rows_in_any_order(count: int, kernel_device: torch.device) -> None:
     assert error(ops.gated_residual(**gated), gated_residual.reference(**gated)) < 1e-6
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_rows_without_a_table_that_has_rows(triton: bool, request: pytest.FixtureRequest) -> None:
+    """An affine norm and no gate: every token has a gradient, whatever row it names."""
+    device = request.getfixturevalue("kernel_device") if triton else torch.device("cpu")
+    x, y = torch.randn(2, 2, 6, 40, device=device)
+    weight, bias = torch.randn(2, 40, device=device)
+    rows = torch.tensor([0, 0, 1, 2, 1, 2], device=device)
+    with using(True):
+        compare_gradients(residual_norm.OP, {"x": x, "y": y, "weight": weight, "bias": bias, "rows": rows}, 2e-6)
+
+
 def test_tables_broadcast(kernel_device: torch.device) -> None:
     """One table for all samples, one row for all tokens, beside a table that has more of either."""
     shift = torch.randn(1, 1, 40, device=kernel_device)
