@@ -2,8 +2,8 @@
 
 The graph that PyTorch captured is traced to ATen, its plain patterns are lifted to the ops of `kernels/`, and those are
 concatenated and fused. What is left runs in inductor on a GPU and call by call on a CPU. For inference: where gradients
-are wanted, shapes are symbolic, or the graph does what a trace does not keep (autocast regions of its own, `torch.vmap`,
-`torch.cond`, checkpoints, writing a parameter), the captured graph runs as it is and a warning says so.
+are wanted, shapes are symbolic, or the graph does what a trace does not keep (autocast regions of its own,
+`torch.vmap`, `torch.cond`, checkpoints, writing a parameter), the captured graph runs as it is and a warning says so.
 
 An installed Kinora is found by the name alone (entry point `torch_dynamo_backends`); otherwise import this file.
 """
