@@ -253,6 +253,23 @@ def test_small_fp8_cases_match_the_reference(case: Case, kernel_device: torch.de
     assert relative(attend_fp8(**inputs), attention_fp8.reference(**inputs)) <= case.tolerance
 
 
+def test_the_fp8_op_without_kernels_lies_as_its_fake_says() -> None:
+    given = attention_fp8.cases()[2].inputs(torch.device("cpu"), torch.Generator().manual_seed(3))
+    assert attend_fp8(**given).is_contiguous()
+
+
+def test_descales_of_any_stride(kernel_device: torch.device) -> None:
+    given = attention_fp8.cases()[2].inputs(kernel_device, torch.Generator().manual_seed(3))
+    wanted = attend_fp8(**given)
+
+    def apart(t: Tensor) -> Tensor:
+        return torch.stack((t, torch.full_like(t, 1e3)), -1)[..., 0]
+
+    segments = [replace(s, v_descale=apart(s.v_descale)) for s in given["segments"]]
+    found = attend_fp8(given["q8"], segments, apart(given["qk_descale"]))
+    assert torch.equal(found, wanted)
+
+
 def test_a_joined_cache_attends_like_two_segments(kernel_device: torch.device) -> None:
     cache = JoinedCache.allocate(1, 6, 20, 2, 32, dtype=torch.float32, device=kernel_device)
     qkv, weight = torch.randn(1, 10, 192, device=kernel_device), torch.rand(64, device=kernel_device)

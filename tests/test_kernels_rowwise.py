@@ -124,6 +124,19 @@ def test_any_strides(kernel_device: torch.device) -> None:
     compare_gradients(residual_norm.OP, {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}, 2e-6)
 
 
+def test_rows_of_any_stride(kernel_device: torch.device) -> None:
+    x, y = torch.randn(2, 2, 6, 40, device=kernel_device)
+    shift, scale, gate = tables(kernel_device, 2, 3, 40).unbind(2)
+    rows = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1], device=kernel_device)[::2]
+    for module, given in (
+        (adaln, (x, shift, scale, rows)),
+        (gated_residual, (x, y, gate, rows)),
+        (residual_norm, (x, y, gate, shift, scale, None, None, rows)),
+    ):
+        for result, expected in zip(tensors(module.OP.run(*given)), tensors(module.reference(*given)), strict=True):
+            assert error(result, expected) < 1e-6
+
+
 def bits_that_differ(result: Tensor, expected: Tensor) -> float:
     assert result.dtype == expected.dtype
     return (result != expected).float().mean().item()
