@@ -247,6 +247,20 @@ def test_a_block_is_written_where_it_belongs(op: Op, case: Case, kernel_device: 
             assert relative(ours, theirs) <= case.tolerance
 
 
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_a_head_size_without_a_kernel_takes_the_reference(head_dim: int, kernel_device: torch.device) -> None:
+    block = kv_cache._block_inputs(3, 8, 2, 2, head_dim, torch.float32)
+    fp8 = kv_cache._fp8_case("", 3, Slots(2, 3, 4), 2, 2, head_dim, values=torch.bfloat16).inputs
+    for op, inputs in ((kv_cache.OP, block), (kv_cache.FP8_OP, fp8)):
+        found, wanted = (inputs(kernel_device, torch.Generator().manual_seed(2)) for _ in range(2))
+        assert torch.equal(op.run(**found).float(), op.reference(**wanted).float())
+        assert all(torch.equal(found[name].float(), wanted[name].float()) for name in op.mutates)
+    x, out = torch.randn(1, 3, 2, head_dim, device=kernel_device), torch.zeros(1, 4, 2, head_dim, device=kernel_device)
+    rope = table(2, head_dim, kernel_device)
+    rotate_rows_into(x, rope, out)
+    assert torch.equal(out[:, :3], apply_rope(x, rope))
+
+
 @pytest.mark.parametrize("case", [c for c in attention_fp8.cases() if c.small], ids=lambda c: c.name)
 def test_small_fp8_cases_match_the_reference(case: Case, kernel_device: torch.device) -> None:
     inputs = case.inputs(kernel_device, torch.Generator().manual_seed(3))
@@ -321,6 +335,11 @@ def test_errors_say_what_to_do(kernel_device: torch.device) -> None:
     segment = Fp8Segment.allocate(1, 2, 5, 2, 32)
     with pytest.raises(ValueError, match="do not fill a slot"):
         segment.store_values(torch.randn(1, 4, 2, 32))
+    with pytest.raises(ValueError, match="both must be dense"):
+        half = replace(Fp8Segment.allocate(2, 2, 5, 4, 32), v_descale=segment.v_descale.repeat(2, 1, 1, 1))
+        replace(half, v=half.v[:, :2]).store_values(torch.randn(2, 5, 2, 32))
+    with pytest.raises(ValueError, match="lie side by side"):
+        rotate_rows_into(q, None, q.repeat(1, 1, 1, 2)[..., :16])
     with pytest.raises(ValueError, match="no segment"):
         attend_fp8(torch.zeros(1, 4, 2, 32).to(torch.float8_e4m3fn), [], torch.ones(2))
     with pytest.raises(ValueError, match="a block of 9 tokens needs"):
