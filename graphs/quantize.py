@@ -16,8 +16,6 @@ LIVEAVATAR_IGNORE = (
     "head.head",
     "casual_audio_encoder.encoder.final_linear",
 )
-
-
 QUANTUM = 16  # FP8 products want both sides of a weight in multiples of it
 
 
