@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ..graphs.models.liveavatar import LiveAvatar
-from ..graphs.quantize import Fp8Linear
-from ..graphs.rewrite.recipe import SENSITIVE
+from ..graphs.quantize import LIVEAVATAR_IGNORE, Fp8Linear
 
 Type = Literal["bf16", "q8_0"]
 TYPES: tuple[Type, ...] = ("bf16", "q8_0")
@@ -108,7 +107,7 @@ def write_transformer(dit: LiveAvatar, path: Path, kind: Type, name: str) -> dic
     }
     values = asdict(config) | {"rope_dtype": str(config.rope_dtype).removeprefix("torch.")}
     return write_gguf(
-        dit.state_dict(), path, kind, architecture="wan", name=name, sizes=sizes, config=values, keep=SENSITIVE
+        dit.state_dict(), path, kind, architecture="wan", name=name, sizes=sizes, config=values, keep=LIVEAVATAR_IGNORE
     )
 
 

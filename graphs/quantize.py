@@ -16,8 +16,6 @@ LIVEAVATAR_IGNORE = (
     "head.head",
     "casual_audio_encoder.encoder.final_linear",
 )
-
-
 QUANTUM = 16  # FP8 products want both sides of a weight in multiples of it
 
 
@@ -26,7 +24,11 @@ def takes_fp8(module: nn.Module, name: str) -> bool:
 
     For `torchao.quantize_(dit, config, filter_fn=takes_fp8)`, the alternative to `quantize_linears`.
     """
-    kept = any(part in name for part in LIVEAVATAR_IGNORE)
+    return _taken(module, name, LIVEAVATAR_IGNORE)
+
+
+def _taken(module: nn.Module, name: str, ignore: tuple[str, ...]) -> bool:
+    kept = any(part in name for part in ignore)
     return isinstance(module, nn.Linear) and not kept and not any(side % QUANTUM for side in module.weight.shape)
 
 
@@ -65,9 +67,9 @@ def _quantised(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor
 
 
 def quantizable(model: nn.Module, ignore: tuple[str, ...] = LIVEAVATAR_IGNORE) -> list[str]:
-    """Names of the layers that `quantize_linears` replaces: every `nn.Linear` whose name contains none of `ignore`."""
-    modules = model.named_modules()
-    return [n for n, module in modules if isinstance(module, nn.Linear) and not any(part in n for part in ignore)]
+    """Names of the layers that `quantize_linears` replaces: every `nn.Linear` whose name contains none of `ignore` and
+    whose sides FP8 products take."""
+    return [name for name, module in model.named_modules() if _taken(module, name, ignore)]
 
 
 @torch.no_grad()
@@ -80,7 +82,10 @@ def quantize_linears(
     """
     names = quantizable(model, ignore)
     if not names:
-        raise ValueError(f"no linear layer to quantise: the model has none, or all match ignore={ignore}")
+        raise ValueError(
+            f"no linear layer to quantise: the model has none with sides in multiples of {QUANTUM}, or all match "
+            f"ignore={ignore}"
+        )
     for name in names:
         parent, _, leaf = name.rpartition(".")
         linear = cast(nn.Linear, model.get_submodule(name))

@@ -139,12 +139,12 @@ def _counts(q: Tensor, length: Tensor | None) -> list[Tensor]:
 def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Result [B, Lq, H, d] and log-sum-exp [B, H, Lq]; see the module docstring."""
     batch, queries, heads, _ = q.shape
-    q = q.to(v.dtype)
+    dtype, q = q.dtype, q.to(v.dtype)
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     plan, moved = _plan_for(q, k, v, out, length is not None)
     plan.run(*moved, lse, *_counts(q, length))
-    return out, lse
+    return out.to(dtype), lse
 
 
 def attend_fp8(q8: Tensor, k8: Tensor, v8: Tensor, length: Tensor, scales: Tensor) -> Tensor:

@@ -181,11 +181,12 @@ def _attention_fp8_op(
     if not triton_runs(q8, *keys, *values, qk_descale):
         layouts = [Slots(*slots[i : i + 3]) for i in range(0, len(slots), 3)]
         segments = [Fp8Segment(*parts) for parts in zip(keys, values, descales, layouts, lengths, strict=True)]
-        return reference(q8, segments, qk_descale)
+        return reference(q8, segments, qk_descale).contiguous()
     batch, queries, heads, head_dim = q8.shape
     out = torch.empty(q8.shape, dtype=torch.bfloat16, device=q8.device)
     if out.numel() == 0:
         return out
+    qk_descale, descales = qk_descale.contiguous(), [None if d is None else d.contiguous() for d in descales]
     if not tiles and attention_hopper.serves_fp8(q8, keys, values, descales, slots):
         return attention_hopper.forward_fp8(q8, keys, values, descales, lengths, qk_descale, slots)
     chosen = Tiles(*tiles) if tiles else choose_tiles(head_dim, "mixed" if descales[0] is None else "fp8")

@@ -121,7 +121,7 @@ def forward_fp8(
     out = torch.empty(q8.shape, dtype=torch.bfloat16, device=q8.device)
     maps = [m for k, v in zip(keys, values, strict=True) for m in (_keys_map(k), _values_map(v))]
     layouts = [tuple(slots[i : i + 3]) for i in range(0, len(slots), 3)]
-    _launch(q8.contiguous(), maps, lengths, descales, qk_descale.contiguous(), out, None, layouts)
+    _launch(q8.contiguous(), maps, lengths, descales, qk_descale, out, None, layouts)
     return out
 
 

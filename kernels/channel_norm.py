@@ -88,7 +88,7 @@ def _norm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    frame = tl.program_id(1) % frames
+    frame = (tl.program_id(1) % frames).to(tl.int64)
     entry = (tl.program_id(1) // frames).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     h = (pixel // width).to(tl.int64)[:, None]
@@ -159,7 +159,7 @@ def launch(
 
     launched(_norm_kernel)[(triton.cdiv(height * width, block_p), batch * frames)](
         x,
-        gamma,
+        None if gamma is None else gamma.contiguous(),
         residual,
         raw,
         normed,
@@ -253,7 +253,7 @@ def _silu_op(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(rows, dtype=out_dtype)
     if rows.numel():
         column = (1, 1, -1, 1, x.shape[1])  # pixels as rows of one column
-        launch(rows.view(column), gamma.contiguous(), None, None, y.view(column), silu=True)
+        launch(rows.view(column), gamma, None, None, y.view(column), silu=True)
     return y.movedim(-1, 1)
 
 

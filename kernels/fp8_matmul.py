@@ -43,9 +43,9 @@ def reference(
     out_dtype: torch.dtype = torch.bfloat16,
     fast_accum: bool = True,  # the reference sums in float32 whatever it says
 ) -> Tensor:
-    y = (x8.float() * descale).flatten(0, -2) @ (weight8.float() * weight_descale).T
+    y = (x8.float() * descale).reshape(-1, x8.shape[-1]) @ (weight8.float() * weight_descale).T
     y = y if bias is None else y + bias.float()
-    return y.to(out_dtype).unflatten(0, x8.shape[:-1])
+    return y.to(out_dtype).reshape(*x8.shape[:-1], weight8.shape[0])
 
 
 @torch.library.custom_op("kinora::fp8_matmul", mutates_args=())
@@ -62,7 +62,7 @@ def _fp8_matmul(
         return reference(x8, descale, weight8, weight_descale, bias, out_dtype).contiguous()
     n, rowwise = weight8.shape[0], weight_descale.numel() > 1
     y = torch._scaled_mm(
-        x8.flatten(0, -2).contiguous(),
+        x8.reshape(-1, x8.shape[-1]).contiguous(),
         weight8.t(),  # [K, N], columns dense
         (descale.reshape(-1, 1) if rowwise else descale.reshape(1)).contiguous(),
         weight_descale.reshape(1, n) if rowwise else weight_descale.reshape(1),

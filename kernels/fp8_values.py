@@ -12,7 +12,7 @@ Shapes: v [B, L, H, d] (rows may be strided), L the rows of a slot; v8 [B, H, d,
 [B, slots, H, d]; `write` int32 [1] on the device, the valid row where the block begins, a multiple of L, or None for
 the first slot.
 Non-finite values: a NaN stays in its channel of its row, an Inf makes its channel of the slot NaN.
-Errors: ValueError when the block is not one slot long or the buffers do not fit.
+Errors: ValueError when the block is not one slot long, or the buffers do not fit or are not dense.
 """
 
 import torch
@@ -122,6 +122,11 @@ def store_values_fp8(v: Tensor, v8: Tensor, descale: Tensor, slots: Slots, write
         raise ValueError(
             f"values {tuple(v.shape)} in {slots} need e4m3 [{batch}, {heads}, {head_dim}, {slots.length}] and descale "
             f"[{batch}, {slots.count}, {heads}, {head_dim}], not {tuple(v8.shape)} and {tuple(descale.shape)}"
+        )
+    if not (v8.is_contiguous() and descale.is_contiguous()):
+        raise ValueError(
+            f"v8 has strides {v8.stride()}, descale {descale.stride()}; both must be dense, and so no part of a "
+            "larger buffer"
         )
     torch.ops.kinora.store_values_fp8(v, v8, descale, write, [slots.count, slots.rows, slots.stride])
 

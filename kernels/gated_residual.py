@@ -64,6 +64,7 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> 
         return reference(x, y, gate, rows).contiguous()
     batch, length, dim = x.shape
     x, y, gate = row_major(x), row_major(y), row_major(gate)
+    rows = None if rows is None else rows.contiguous()
     out = x.new_empty(x.shape, dtype=result_dtype(x, y, gate))
     tiling = tile(dim)
     if batch * length:

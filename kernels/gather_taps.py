@@ -4,8 +4,9 @@
 
 A convolution to 3 channels keeps no tensor core busy and reads its input once a tap. As a product with 27 output
 channels it reads it once; what is left is this sum over neighbours.
-Shapes: partial [B, T, H + 2, W + 2, >= 9 C], channels next to each other, zeros in the outermost rows and columns;
-bias [C]; out [B, C, T, H, W], any strides. `bound`: clamp to [-bound, bound], None: do not (NaN stays NaN).
+Shapes: partial [B, T, H + 2, W + 2, >= 9 C], zeros in the outermost rows and columns (copied where channels do not
+lie side by side); bias [C]; out [B, C, T, H, W], any strides. `bound`: clamp to [-bound, bound], None: do not (NaN
+stays NaN).
 Dtypes: summed in float32, rounded once to the dtype of out.
 Errors: ValueError for shapes that do not fit.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .cases import Case, Inputs, Op, randn
 from .dispatch import fused, triton_runs
+from .rows import row_major
 
 
 def tap_weight(weight: Tensor) -> Tensor:
@@ -71,10 +73,11 @@ def _op(partial: Tensor, bias: Tensor, out: Tensor, bound: float | None) -> None
     if not triton_runs(partial):
         return reference(partial, bias, out, bound)
     batch, channels, frames, height, width = out.shape
+    partial = row_major(partial)
     block_w = min(triton.next_power_of_2(width), 128)
     _gather_kernel[(triton.cdiv(width, block_w), height, batch * frames)](
         partial,
-        bias,
+        bias.contiguous(),
         out,
         partial.stride()[:4],
         out.stride(),

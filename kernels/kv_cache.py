@@ -13,7 +13,10 @@ is gained by measuring. Values go the same way (`ring_v`) in bfloat16, or in e4m
 beforehand (`scale_v`); `fp8_values.store_values_fp8` measures the scale of each channel first.
 
 Dtypes: rounding points of `qk_norm_rope`; the ring's dtype last; e4m3 rounds once, from the float32 rotation.
-Non-finite values: stay in their token. Errors: ValueError when shapes do not fit.
+Heads of another size than 16, 32, 64 or 128 take the reference, which reads `write` on the host and so cannot be
+captured as a CUDA graph.
+Non-finite values: stay in their token. Errors: ValueError when shapes do not fit, or the heads and channels of a row of
+a ring do not lie side by side.
 """
 
 import math
@@ -27,7 +30,7 @@ from torch import Tensor
 from .cases import Case, Op, randn
 from .dispatch import triton_runs
 from .qk_norm_rope import apply_rope, check_projection, check_table, head_norm_reference
-from .qk_rows import FP8_MAX, Part, Slots, prepare_rows
+from .qk_rows import FP8_MAX, HEAD_DIMS, Part, Slots, prepare_rows
 
 E4M3 = torch.float8_e4m3fn
 _FP8_MAX = float(FP8_MAX.value)
@@ -207,6 +210,7 @@ def rotate_rows_into(x: Tensor, rope: Tensor | None, out: Tensor, scale: Tensor 
             f"cannot rotate {x.dtype} {tuple(x.shape)} into {out.dtype} {tuple(out.shape)}; give at least as many "
             "rows, rows that are not quantised yet, and a scale exactly when the result is e4m3"
         )
+    _check_rows(out)
     if rope is not None:
         check_table(rope, x.shape)
     torch.ops.kinora.rotate_rows_into(x, rope, out, scale)
@@ -226,8 +230,20 @@ def _check_ring(ring: Tensor, qkv: Tensor, num_heads: int) -> None:
             f"a ring has shape {tuple(ring.shape)}; a block of {tokens} tokens needs "
             f"[{batch}, S >= {tokens}, {num_heads}, {head_dim}]"
         )
-    if ring.stride()[2:] != (head_dim, 1):
-        raise ValueError(f"a ring has strides {ring.stride()}; the channels of a row must lie side by side")
+    _check_rows(ring)
+
+
+def _check_rows(out: Tensor) -> None:
+    """ValueError unless the kernel, which knows the strides of batch and row alone, may write into `out`."""
+    if out.stride()[2:] != (out.shape[3], 1):
+        raise ValueError(
+            f"a cache {tuple(out.shape)} has strides {out.stride()}; heads and channels of a row must lie side by side"
+        )
+
+
+def _kernel_runs(out: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel writes these heads; it knows sizes that are powers of two."""
+    return triton_runs(out, *others) and out.shape[3] in HEAD_DIMS
 
 
 @torch.library.custom_op("kinora::qkv_norm_rope", mutates_args=("ring_k", "ring_v"))
@@ -242,7 +258,7 @@ def _qkv_norm_rope_op(
     num_heads: int,
     eps: float,
 ) -> Tensor:
-    if not triton_runs(qkv, weight_q, weight_k, rope, ring_k, ring_v, write):
+    if not _kernel_runs(ring_k, qkv, weight_q, weight_k, rope, ring_v, write):
         return qkv_norm_rope_reference(qkv, weight_q, weight_k, rope, ring_k, ring_v, write, num_heads, eps)
     q, k, v = qkv.chunk(3, -1)
     slots = Slots(1, ring_k.shape[1], ring_k.shape[1])
@@ -281,7 +297,7 @@ def _qkv_norm_rope_fp8_op(
 ) -> Tensor:
     """`slots`: count, rows, stride of `Slots`."""
     layout = Slots(*slots)
-    if not triton_runs(qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, scale_v):
+    if not _kernel_runs(ring_k8, qkv, weight_q, weight_k, rope, ring_v, write, scale_q, scale_k, scale_v):
         return qkv_norm_rope_fp8_reference(
             qkv, weight_q, weight_k, rope, ring_k8, ring_v, write, scale_q, scale_k, layout, num_heads, eps, scale_v
         )
@@ -302,7 +318,7 @@ _qkv_norm_rope_fp8_op.register_fake(_fake_queries)
 
 @torch.library.custom_op("kinora::rotate_rows_into", mutates_args=("out",))
 def _rotate_rows_into_op(x: Tensor, rope: Tensor | None, out: Tensor, scale: Tensor | None) -> None:
-    if triton_runs(x, rope, out, scale):
+    if _kernel_runs(out, x, rope, scale):
         prepare_rows([Part(x, out, rotate=True, scale=scale)], x.shape[2], rope)
     else:
         turned = apply_rope(x, rope, torch.float32)

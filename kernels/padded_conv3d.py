@@ -11,8 +11,10 @@ bias [Cout]. The result has T = (F - kt) // time_stride + 1 frames; residual, ra
 residual, no norm): the temporal upsampling.
 P = 4 (`pack_upsampled`): x is doubled in rows and columns (nearest) before a 3x3 convolution, computed as four 2x2
 convolutions of x, one for each parity of row and column: 4 / 9 of the products. raw, normed [B, T, 2H, 2W, Cout].
-Dtypes: x, weight half precision or float32 alike; products are summed, and the epilogue computed, in float32 and
-rounded once, where raw and normed are stored, in their own dtypes.
+Dtypes: x, weight half precision or float32 alike; products are summed, and the epilogue computed, in float32. Where one
+program holds all channels of a pixel, raw and normed are rounded once, where they are stored, in their own dtypes. Else
+the sum is stored before it is normed and rounds twice: first to the dtype of raw (without raw: of normed), or, where
+the library convolves, before the residual, to that of x.
 NaN and Inf go where the sums carry them: into the pixels whose kernel window holds them.
 Errors: ValueError for shapes, dtypes and strides that do not fit.  Source: wan.md, 2.1.
 """

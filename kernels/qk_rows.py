@@ -202,7 +202,7 @@ def prepare_rows(
         tuple(sources),
         tuple(None if part.weight is None else part.weight.contiguous() for part in parts),
         tuple(table if part.rotate else None for part in parts),
-        tuple(part.scale for part in parts),
+        tuple(None if part.scale is None else part.scale.contiguous() for part in parts),
         tuple(part.target for part in parts),
         tuple(part.write for part in parts),
         tuple(stride for source in sources for stride in source.stride()[:2]),

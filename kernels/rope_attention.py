@@ -191,7 +191,8 @@ def _backward_op(
             return reference(moved[0], moved[1 : 1 + count], moved[1 + count :], ropes, lengths, mask)
 
         pull = torch.func.vjp(run, *leaves)[1]
-        return [g.contiguous() for g in pull(grad)]
+        # new tensors: those of several segments are slices of one, and results of an op must not share memory
+        return [g.clone(memory_format=torch.contiguous_format) for g in pull(grad)]
     dtype = values[0].dtype
     turned = [k if r is None else rotate_rows(k, r, dtype) for k, r in zip(keys, ropes, strict=True)]
     grads = attention_backward.backward(grad, q, turned, values, lengths, mask, out, lse)
@@ -229,7 +230,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     keys, values, ropes, lengths = (rest[i * n : (i + 1) * n] for i in range(4))
     mask, out, lse = rest[4 * n :]
     grads = torch.ops.kinora.rope_attention_backward(grad, q, keys, values, ropes, lengths, mask, out, lse)
-    return grads[0], grads[1 : 1 + n], grads[1 + n :], None, None, None
+    # PyTorch wants a list of None for a list of tensors, one None for any other list
+    none = [[None] * n if all(isinstance(t, Tensor) for t in part) else None for part in (ropes, lengths)]
+    return grads[0], grads[1 : 1 + n], grads[1 + n :], *none, None
 
 
 _rope_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -150,6 +150,7 @@ def forward(
     x, shift, scale = row_major(x), row_major(norm.shift), row_major(norm.scale)
     y = None if y is None else row_major(y)
     gate = None if gate is None else row_major(gate)
+    rows = None if rows is None else rows.contiguous()
     stream = None if y is None else torch.empty(x.shape, dtype=stream_dtype, device=x.device)
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn if norm.fp8 else norm.out_dtype, device=x.device)
     descale = torch.empty((batch, length, 1), dtype=torch.float32, device=x.device) if norm.fp8 else None

@@ -269,6 +269,7 @@ def row_norm_backward(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (dx, dy, d_gate, d_shift, d_scale), each shaped and typed like its argument; what there is not is empty."""
+    rows = None if affine and gate is None else rows  # no table has rows
     compute = launch if triton_runs(stream, scale, d_out) else plain
     dx, dy, d_gate, d_shift, d_scale = compute(
         stream, y, gate, shift, scale, rows, eps, affine, norm_dtype, d_stream, d_out, x_dtype

@@ -94,6 +94,17 @@ def test_measuring_leaves_out_what_refuses(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_cudnn_s_result_is_like_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plan:
+        def run(self, *bound: Tensor) -> None:
+            bound[3].copy_(bound[0])
+
+    monkeypatch.setattr(attention_cudnn, "_plan_for", lambda *given: (Plan(), list(given[:4])))
+    q, k = torch.ones(1, 4, 2, 16), torch.ones(1, 6, 2, 16, dtype=torch.bfloat16)
+    out, lse = attention_cudnn.attend(q, k, k)
+    assert torch.equal(out, q) and out.dtype == q.dtype and lse.shape == (1, 2, 4)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or attention_table.COUNTING not in attention_table.available(),
     reason="needs a GPU and nvidia-cudnn-frontend",

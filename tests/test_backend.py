@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from kinora.graphs import backend
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 DIM, HEADS, TOKENS = 32, 4, 6
 
@@ -122,6 +123,93 @@ def test_gradients_are_left_to_pytorch() -> None:
 def test_symbolic_shapes_are_left_to_pytorch() -> None:
     with pytest.warns(UserWarning, match="dynamic=False"):
         torch.compile(nn.Linear(DIM, 4), backend="kinora", dynamic=True)(torch.randn(3, DIM))
+
+
+LINEAR = nn.Linear(DIM, DIM)
+
+
+def autocast_inside(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return LINEAR(x)
+
+
+def gradients_inside(x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return x.detach() * 2
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return checkpoint(LINEAR, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def by_sample(x: Tensor) -> Tensor:
+    return torch.vmap(lambda row: row.sum(0))(x)
+
+
+def by_value(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (autocast_inside, "put autocast around the call"),
+        (gradients_inside, "turns gradients on"),
+        (checkpointed, "tag_activation_checkpoint"),
+        (by_sample, "it calls"),
+        (by_value, "it calls cond"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_trace_does_not_keep_is_left_to_pytorch(function: Callable[..., Tensor], reason: str) -> None:
+    x = torch.randn(2, TOKENS, DIM)
+    wanted = function(x)
+    with pytest.warns(UserWarning, match=reason):
+        found = torch.compile(function, backend="kinora", dynamic=False)(x)
+    assert type(found) is Tensor and found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_what_cannot_be_traced_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise KeyError("an operator of somebody's own")
+
+    monkeypatch.setattr(backend, "trace", refuse)
+    x = torch.randn(2, DIM)
+    with pytest.warns(UserWarning, match="tracing it failed .KeyError: .an operator of somebody's own"):
+        assert torch.equal(torch.compile(LINEAR, backend="kinora", dynamic=False)(x), LINEAR(x))
+
+
+class Counted(nn.Module):
+    """Counts its calls in a parameter, through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.reshape(2, -1).add_(1)
+        return x + self.count
+
+
+@torch.no_grad()
+def test_graphs_that_write_a_parameter_are_left_to_pytorch() -> None:
+    model, x = Counted(), torch.zeros(1, DIM)
+    with pytest.warns(UserWarning, match="writes to a parameter"):
+        compiled = torch.compile(model, backend="kinora", dynamic=False)
+        found = [float(compiled(x)[0, 0]) for _ in range(3)]
+    assert found == [1, 2, 3] and model.count[0] == 3
+
+
+@torch.no_grad()
+def test_weights_with_other_memory_are_seen() -> None:
+    model, given = Transformer(1).eval(), inputs()
+    compiled = watched(model, [])
+    compiled(*given)
+    weight = model.blocks[0].to_k.weight  # type: ignore[union-attr]
+    weight.data = weight.data * 3  # type: ignore[operator, union-attr]
+    found, wanted = compiled(*given), model(*given)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @torch.no_grad()

@@ -187,6 +187,15 @@ def test_band_powers_are_mean_squares_on_the_grid():
         sf.frame_energies(torch.zeros(700, dtype=torch.int16))
 
 
+def test_features_met_in_inference_have_gradients_later():
+    sf._filterbank.cache_clear()
+    with torch.inference_mode():
+        sf.frame_energies(torch.zeros(3200))
+    wave = torch.randn(3200, requires_grad=True)
+    sf.levelled_log_mel(wave)[0].sum().backward()
+    assert wave.grad.isfinite().all() and wave.grad.any()
+
+
 def test_levels_equal_their_recurrence():
     loudness = 30.0 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) - 40.0
     levels, state = sf.track_levels(loudness)

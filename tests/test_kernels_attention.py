@@ -62,7 +62,7 @@ def gradients(registered: bool, leaves: list[Tensor], weights: Tensor, **options
 
 
 @pytest.mark.parametrize("queries", [20, 133])
-@pytest.mark.parametrize("kind", ["plain", "table", "lengths", "mask"])
+@pytest.mark.parametrize("kind", ["plain", "table", "lengths", "all tables", "all lengths", "mask"])
 def test_gradients_match_the_reference(kind: str, queries: int, kernel_device: torch.device) -> None:
     """133 queries rotate once beforehand, 20 on load; a segment without valid keys has zero gradients."""
     shapes = [(2, queries, 2, 32), (2, 37, 2, 32), (2, 61, 2, 32), (2, 37, 2, 32), (2, 61, 2, 32)]
@@ -73,6 +73,8 @@ def test_gradients_match_the_reference(kind: str, queries: int, kernel_device: t
         "plain": {},
         "table": {"ropes": [None, table(40, 32, kernel_device)]},
         "lengths": {"lengths": [count(0, kernel_device), 45]},
+        "all tables": {"ropes": [table(rows, 32, kernel_device) for rows in (37, 40)]},
+        "all lengths": {"lengths": [count(rows, kernel_device) for rows in (20, 45)]},
         "mask": {"mask": mask},
     }[kind]
     weights = torch.randn(shapes[0], device=kernel_device)
@@ -91,13 +93,15 @@ def test_half_precision_gradients_stay_close(kernel_device: torch.device) -> Non
         assert relative(found, wanted) < 1e-2
 
 
-def test_the_op_without_kernels_computes_the_reference() -> None:
+@pytest.mark.parametrize("plain_keys", [False, True])
+def test_the_op_without_kernels_computes_the_reference(plain_keys: bool) -> None:
     """What a tracer on a machine without a GPU runs."""
     leaves = [torch.randn(1, n, 2, 16) for n in (4, 5, 6, 5, 6)]
     options: dict[str, object] = {
         "ropes": [table(3, 16, torch.device("cpu")), None],
         "lengths": [None, count(2, leaves[0].device)],
     }
+    options = {} if plain_keys else options
     weights = torch.randn(1, 4, 2, 16)
     for found, wanted in zip(
         gradients(True, leaves, weights, **options), gradients(False, leaves, weights, **options), strict=True
@@ -243,10 +247,41 @@ def test_a_block_is_written_where_it_belongs(op: Op, case: Case, kernel_device: 
             assert relative(ours, theirs) <= case.tolerance
 
 
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_a_head_size_without_a_kernel_takes_the_reference(head_dim: int, kernel_device: torch.device) -> None:
+    block = kv_cache._block_inputs(3, 8, 2, 2, head_dim, torch.float32)
+    fp8 = kv_cache._fp8_case("", 3, Slots(2, 3, 4), 2, 2, head_dim, values=torch.bfloat16).inputs
+    for op, inputs in ((kv_cache.OP, block), (kv_cache.FP8_OP, fp8)):
+        found, wanted = (inputs(kernel_device, torch.Generator().manual_seed(2)) for _ in range(2))
+        assert torch.equal(op.run(**found).float(), op.reference(**wanted).float())
+        assert all(torch.equal(found[name].float(), wanted[name].float()) for name in op.mutates)
+    x, out = torch.randn(1, 3, 2, head_dim, device=kernel_device), torch.zeros(1, 4, 2, head_dim, device=kernel_device)
+    rope = table(2, head_dim, kernel_device)
+    rotate_rows_into(x, rope, out)
+    assert torch.equal(out[:, :3], apply_rope(x, rope))
+
+
 @pytest.mark.parametrize("case", [c for c in attention_fp8.cases() if c.small], ids=lambda c: c.name)
 def test_small_fp8_cases_match_the_reference(case: Case, kernel_device: torch.device) -> None:
     inputs = case.inputs(kernel_device, torch.Generator().manual_seed(3))
     assert relative(attend_fp8(**inputs), attention_fp8.reference(**inputs)) <= case.tolerance
+
+
+def test_the_fp8_op_without_kernels_lies_as_its_fake_says() -> None:
+    given = attention_fp8.cases()[2].inputs(torch.device("cpu"), torch.Generator().manual_seed(3))
+    assert attend_fp8(**given).is_contiguous()
+
+
+def test_descales_of_any_stride(kernel_device: torch.device) -> None:
+    given = attention_fp8.cases()[2].inputs(kernel_device, torch.Generator().manual_seed(3))
+    wanted = attend_fp8(**given)
+
+    def apart(t: Tensor) -> Tensor:
+        return torch.stack((t, torch.full_like(t, 1e3)), -1)[..., 0]
+
+    segments = [replace(s, v_descale=apart(s.v_descale)) for s in given["segments"]]
+    found = attend_fp8(given["q8"], segments, apart(given["qk_descale"]))
+    assert torch.equal(found, wanted)
 
 
 def test_a_joined_cache_attends_like_two_segments(kernel_device: torch.device) -> None:
@@ -300,6 +335,11 @@ def test_errors_say_what_to_do(kernel_device: torch.device) -> None:
     segment = Fp8Segment.allocate(1, 2, 5, 2, 32)
     with pytest.raises(ValueError, match="do not fill a slot"):
         segment.store_values(torch.randn(1, 4, 2, 32))
+    with pytest.raises(ValueError, match="both must be dense"):
+        half = replace(Fp8Segment.allocate(2, 2, 5, 4, 32), v_descale=segment.v_descale.repeat(2, 1, 1, 1))
+        replace(half, v=half.v[:, :2]).store_values(torch.randn(2, 5, 2, 32))
+    with pytest.raises(ValueError, match="lie side by side"):
+        rotate_rows_into(q, None, q.repeat(1, 1, 1, 2)[..., :16])
     with pytest.raises(ValueError, match="no segment"):
         attend_fp8(torch.zeros(1, 4, 2, 32).to(torch.float8_e4m3fn), [], torch.ones(2))
     with pytest.raises(ValueError, match="a block of 9 tokens needs"):

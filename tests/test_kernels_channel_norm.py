@@ -76,6 +76,18 @@ def test_any_layout(layout: str, kernel_device: torch.device) -> None:
     assert relative(ops.channel_norm_silu(x, gamma), by_rms_norm(x, gamma)) < 1e-6
 
 
+def test_frames_beyond_two_to_the_31_elements(kernel_device: torch.device) -> None:
+    """Three frames far apart in memory that nobody touches between them."""
+    if kernel_device.type == "cuda":
+        pytest.skip("a GPU has no memory that takes room only where it is written")
+    apart, frames = 2**30, torch.randn(1, 3, 1, 1, 16)
+    x = torch.empty(2 * apart + 16, dtype=torch.float16).as_strided(frames.shape, (0, apart, 16, 16, 1))
+    x.copy_(frames)
+    raw = torch.zeros_like(frames)
+    ops.channel_norm(x, raw=raw)
+    assert torch.equal(raw, frames.half().float())
+
+
 def test_not_finite_values_stay_in_their_pixel(kernel_device: torch.device) -> None:
     x = torch.randn(1, 6, 1, 3, 4, device=kernel_device)
     x[0, 2, 0, 1, 1], x[0, 4, 0, 2, 3] = float("nan"), float("inf")

@@ -86,6 +86,29 @@ def test_sum_may_overwrite_its_residual(kernel_device: torch.device) -> None:
     assert relative(stream, given["raw"]) < 1e-5
 
 
+def test_small_tensors_of_any_stride(kernel_device: torch.device) -> None:
+    """Every second entry of a longer vector, as a weight that was cut out of a larger one."""
+
+    def apart(t: Tensor) -> Tensor:
+        return torch.stack((t, torch.full_like(t, 1e3)), -1)[..., 0]
+
+    vectors = {
+        padded_conv3d: ("bias", "gamma"),
+        channel_norm: ("gamma",),
+        gather_taps: ("bias", "partial"),
+        causal_conv3d: ("bias",),
+    }
+    for module, names in vectors.items():
+        case = next(case for case in module.cases() if case.name == "small")
+        given = dict(case.inputs(kernel_device, torch.Generator().manual_seed(6)))
+        outputs = list(module.OP.mutates)
+        wanted = module.OP.run(**given)
+        expected = [given[name].clone() for name in outputs] if outputs else [wanted]
+        found = module.OP.run(**given | {name: apart(given[name]) for name in names})
+        for result, plain in zip([given[name] for name in outputs] or [found], expected, strict=True):
+            assert torch.equal(result, plain), module.OP.name
+
+
 def test_upsampling_equals_nearest_then_convolution(kernel_device: torch.device) -> None:
     x, weight, bias = torch.randn(1, 16, 2, 3, 5), torch.randn(8, 16, 3, 3), torch.randn(8)
     large = F.interpolate(x[0].transpose(0, 1), scale_factor=2.0, mode="nearest-exact")

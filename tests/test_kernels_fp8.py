@@ -10,6 +10,7 @@ from kinora.kernels import adaln, fp8_linear, fp8_matmul, ops, quantize_rows, re
 from kinora.kernels.cases import Case, Op
 from kinora.kernels.dispatch import using
 from kinora.kernels.fp8_gemm import GemmTile, fp8_gemm
+from kinora.kernels.quantize_rows import Granularity
 from torch import Tensor
 
 OPS = (
@@ -56,6 +57,15 @@ def test_rows_quantise_to_the_same_bits(dim: int, dtype: torch.dtype, kernel_dev
         assert torch.equal(x8.view(torch.uint8), expected8.view(torch.uint8))
         assert torch.equal(descale, expected)
     assert not x8.float()[3 if len(x8) > 3 else 1].isnan().any() and descale.isfinite().all()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_a_single_row_without_other_axes(granularity: Granularity, registered: bool) -> None:
+    x, (weight8, descale) = torch.randn(64), ops.quantize_fp8(torch.randn(32, 64), granularity)
+    with using(registered):
+        found = ops.fp8_linear(x, weight8, descale, None, granularity)
+        assert torch.equal(found, ops.fp8_linear(x[None], weight8, descale, None, granularity)[0])
 
 
 def test_gelu_rounds_before_it_is_quantised(kernel_device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """The query/key path: Triton kernels against references, gradients, non-finite values, errors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kinora.kernels import dispatch, head_norm_fp8, ops
@@ -147,6 +149,17 @@ def test_e4m3_queries_saturate_and_keep_bad_values_in_their_token(kernel_device:
     found = ops.head_norm_fp8(x, weight, torch.full((2,), 1e6, device=kernel_device), 2).float()
     assert found[0, 2].isnan().all()
     assert (found[0, [0, 1, 3]].abs() == 448).all()
+
+
+@pytest.mark.parametrize("spread", [lambda s: s[:1].expand(4), lambda s: s.repeat_interleave(2)[::2]])
+def test_scales_of_any_stride(spread: Callable[[Tensor], Tensor], kernel_device: torch.device) -> None:
+    x, weight = torch.randn(1, 3, 64, device=kernel_device), torch.randn(64, device=kernel_device)
+    scale = spread(torch.tensor([1.0, 2.0, 4.0, 8.0], device=kernel_device))
+    found = ops.head_norm_fp8(x, weight, scale, 4)
+    assert torch.equal(
+        found.float(), ops.head_norm_fp8(x, weight, scale.clone(memory_format=torch.contiguous_format), 4).float()
+    )
+    assert relative(found, head_norm_fp8.reference(x, weight, scale, 4)) < 1e-2
 
 
 def test_the_e4m3_op_passes_opcheck_and_says_what_does_not_fit(kernel_device: torch.device) -> None:

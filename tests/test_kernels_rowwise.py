@@ -83,6 +83,17 @@ def test_rows_in_any_order(count: int, kernel_device: torch.device) -> None:
     assert error(ops.gated_residual(**gated), gated_residual.reference(**gated)) < 1e-6
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_rows_without_a_table_that_has_rows(triton: bool, request: pytest.FixtureRequest) -> None:
+    """An affine norm and no gate: every token has a gradient, whatever row it names."""
+    device = request.getfixturevalue("kernel_device") if triton else torch.device("cpu")
+    x, y = torch.randn(2, 2, 6, 40, device=device)
+    weight, bias = torch.randn(2, 40, device=device)
+    rows = torch.tensor([0, 0, 1, 2, 1, 2], device=device)
+    with using(True):
+        compare_gradients(residual_norm.OP, {"x": x, "y": y, "weight": weight, "bias": bias, "rows": rows}, 2e-6)
+
+
 def test_tables_broadcast(kernel_device: torch.device) -> None:
     """One table for all samples, one row for all tokens, beside a table that has more of either."""
     shift = torch.randn(1, 1, 40, device=kernel_device)
@@ -111,6 +122,19 @@ def test_any_strides(kernel_device: torch.device) -> None:
     ):
         assert error(result, expected) < 1e-6
     compare_gradients(residual_norm.OP, {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}, 2e-6)
+
+
+def test_rows_of_any_stride(kernel_device: torch.device) -> None:
+    x, y = torch.randn(2, 2, 6, 40, device=kernel_device)
+    shift, scale, gate = tables(kernel_device, 2, 3, 40).unbind(2)
+    rows = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1], device=kernel_device)[::2]
+    for module, given in (
+        (adaln, (x, shift, scale, rows)),
+        (gated_residual, (x, y, gate, rows)),
+        (residual_norm, (x, y, gate, shift, scale, None, None, rows)),
+    ):
+        for result, expected in zip(tensors(module.OP.run(*given)), tensors(module.reference(*given)), strict=True):
+            assert error(result, expected) < 1e-6
 
 
 def bits_that_differ(result: Tensor, expected: Tensor) -> float:

@@ -132,7 +132,7 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b = Linear(6, 4), nn.BatchNorm1d(4), Linear(4, 2)
+        self.a, self.norm, self.b = Linear(6, 16), nn.BatchNorm1d(16), Linear(16, 32)
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
 
@@ -155,7 +155,7 @@ def test_on_the_cpu_what_nothing_changes_stays_mapped(tmp_path: Path, monkeypatc
     read: list[str] = []
     plain = Weights.read
     monkeypatch.setattr(Weights, "read", lambda self, name: read.append(name) or plain(self, name))
-    lora = {"a.lora_A.weight": torch.randn(2, 6), "a.lora_B.weight": torch.randn(4, 2)}
+    lora = {"a.lora_A.weight": torch.randn(2, 6), "a.lora_B.weight": torch.randn(16, 2)}
     with torch.device("meta"):
         toy = Toy()
     with open_weights(tmp_path / "toy.safetensors") as weights:

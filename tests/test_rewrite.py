@@ -193,6 +193,36 @@ def test_fuse_leaves_tables_that_come_after_the_sum() -> None:
     close(run(made, x, y), late(x, y))
 
 
+@pytest.mark.parametrize(("gates", "rows"), [(LENGTH, 3), (LENGTH, 1), (1, 3), (3, 3)])
+def test_fuse_leaves_tables_of_other_rows(gates: int, rows: int) -> None:
+    """Gates of every token and a modulation of every frame are no `residual_norm`, which has one R."""
+    x, y, gate, table = tokens(), tokens(), tokens(2, gates, WIDTH), tokens(2, rows, WIDTH)
+
+    def modulated(x: Tensor, y: Tensor, gate: Tensor, table: Tensor) -> Tensor:
+        total = ops.gated_residual(x, y, gate)
+        return total + ops.adaln(total, table, table)
+
+    made = program(nn.Module(), x, y, gate, table, function=modulated)
+    assert passes.fuse(made).matches == (1 in (gates, rows) or gates == rows)
+    close(run(made, x, y, gate, table), modulated(x, y, gate, table))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_lift_leaves_dtypes_that_kernels_have_not(dtype: torch.dtype) -> None:
+    x, weight = (10 * tokens()).to(dtype), (10 * tokens(8, WIDTH)).to(dtype)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        total = x + x * x[:, :1]
+        if dtype is torch.float64:
+            ones = weight[0] ** 0
+            total = torch.nn.functional.layer_norm(total, (WIDTH,), ones, ones)
+        return torch.nn.functional.linear(total, weight)
+
+    made = program(nn.Module(), x, weight, function=plain)
+    assert passes.lift(made).matches == 0
+    assert torch.equal(run(made, x, weight), plain(x, weight))
+
+
 class Counter(nn.Module):
     """Writes into its own buffers at every call."""
 
@@ -232,6 +262,46 @@ def test_clean_removes_what_changes_nothing() -> None:
     close(run(made, x), idle(x))
 
 
+def written_through_a_view(x: Tensor) -> Tensor:
+    y = torch.cat([x])
+    y.view(-1).add_(1)
+    return x * y
+
+
+def source_written_later(x: Tensor) -> Tensor:
+    y = torch.cat([x[:1]])
+    x.add_(1)
+    return x * y
+
+
+def repeat_of_what_is_written(x: Tensor) -> Tensor:
+    y = torch.repeat_interleave(x, 1, dim=0)
+    x.reshape(-1).add_(1)
+    return x * y
+
+
+@pytest.mark.parametrize("function", [written_through_a_view, source_written_later, repeat_of_what_is_written])
+def test_clean_keeps_copies_of_what_is_written(function: Callable[[Tensor], Tensor]) -> None:
+    x = tokens()
+    made, wanted = program(nn.Module(), x, function=function), function(x.clone())
+    assert passes.clean(made).matches == 0
+    close(run(made, x), wanted)
+
+
+def test_clean_gives_callers_tensors_of_their_own() -> None:
+    """They may write to a result; one that nobody else holds needs no copy."""
+    x = tokens()
+
+    def copies(x: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        return torch.cat([x]).view(-1), torch.cat([y]), torch.cat([y])
+
+    made = program(nn.Module(), x, function=copies)
+    assert passes.clean(made).matches == 1
+    owned = {t.untyped_storage().data_ptr() for t in (x, *run(made, x))}
+    assert len(owned) == 4
+
+
 def test_quantise_and_emit() -> None:
     torch.manual_seed(0)
     first, second, x = nn.Linear(WIDTH, 64).bfloat16(), nn.Linear(64, WIDTH).bfloat16(), tokens().bfloat16()
@@ -251,6 +321,22 @@ def test_quantise_and_emit() -> None:
     assert 0 < (run(made, x).float() - wanted).norm() / wanted.norm() < 6e-2
     other = program(nn.ModuleList([first, second]), x, function=feed_forward)
     assert passes.quantise(other, ("1.weight",), packed).matches == 1
+
+
+def test_folded_casts_of_weights_keep_their_names() -> None:
+    """Recipes leave layers alone, and programs share quantised weights, by these names."""
+    model, x = Projections((16, 16)), tokens()
+    first, second = (part.weight for part in model.parts)
+
+    def half(x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        a, b = (ops.linear(x, weight.bfloat16(), None) for weight in (first, second))  # type: ignore[operator, arg-type]
+        return a * b.sum()
+
+    packed: dict[str, tuple[Tensor, Tensor]] = {}
+    made = apply(program(model, x, function=half), Recipe(fp8=True, ignore=("parts.1",)), packed)
+    assert list(packed) == ["parts.0.weight"]
+    assert count(made, torch.ops.kinora.fp8_matmul.default) == count(made, torch.ops.kinora.linear.default) == 1
 
 
 def test_share_quantises_an_input_once() -> None:

@@ -135,6 +135,13 @@ def test_a_failed_chunk_leaves_the_stream_as_it_was(vae: WanVae, latents: Tensor
     assert_same(rest, decoded[:, :, 5:])
 
 
+def test_moments_of_a_stream_without_temporal_downsampling() -> None:
+    vae = make_vae(replace(TINY, temporal_downsample=(False, False, False)))
+    video, state = torch.rand(1, 3, 3, 8, 8) * 2 - 1, EncoderState()
+    pieces = [vae.stream_moments(part, state)[0] for part in video.split((2, 1), 2)]
+    assert_same(torch.cat(pieces, 2), vae.encode(video, normalised=False))
+
+
 def test_states_cross_inference_mode(vae: WanVae, latents: Tensor, decoded: Tensor) -> None:
     state = DecoderState()
     with torch.inference_mode():

@@ -47,13 +47,14 @@ def mel_centres(n_mels: int = N_MELS) -> tuple[float, ...]:
 @lru_cache(maxsize=8)
 def _filterbank(n_mels: int, device: torch.device) -> Tensor:
     """Triangles that sum to one between the outer centres: [WINDOW / 2 + 1, n_mels]."""
-    low, high = (_hz_to_mel(hertz) for hertz in MEL_RANGE)
-    mels = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    hertz = torch.arange(WINDOW // 2 + 1, dtype=torch.float64)[:, None] * (SAMPLE_RATE / WINDOW)
-    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0.0).float().to(device)
+    with torch.inference_mode(False):  # kept for ever, so usable in training too
+        low, high = (_hz_to_mel(hertz) for hertz in MEL_RANGE)
+        mels = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
+        edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+        hertz = torch.arange(WINDOW // 2 + 1, dtype=torch.float64)[:, None] * (SAMPLE_RATE / WINDOW)
+        rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+        falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+        return torch.minimum(rising, falling).clamp(min=0.0).float().to(device)
 
 
 def band_mask(low: float, high: float, n_mels: int = N_MELS) -> list[int]:

@@ -231,8 +231,8 @@ class WanVae(nn.Module):
         The first call takes 1 + 4 n frames, later ones 4 n. Advances `state`; detach its slots between the pieces.
         """
         self._check_video(video)
-        extra = video.shape[2] % self.config.temporal_factor - (0 if state.slots else 1)
-        if extra:
+        further = video.shape[2] - (0 if state.slots else 1)
+        if further % self.config.temporal_factor:
             raise ValueError(
                 f"{video.shape[2]} frames do not complete a latent frame; a stream starts with 1 + a multiple of "
                 f"{self.config.temporal_factor} frames and goes on with multiples"

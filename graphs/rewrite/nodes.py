@@ -74,9 +74,35 @@ def written(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-            found.append(value)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
     return found
+
+
+def owners(*nodes: fx.Node) -> set[fx.Node]:
+    """The tensors whose memory `nodes` may be: themselves, or what they are views of."""
+    found: set[fx.Node] = set()
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        node = stack.pop()
+        if not _shares(node):
+            found.add(node)
+            continue
+        stack += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return found
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the result of a call may share memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    returns = [] if schema is None else schema.returns
+    return node.target in VIEWS or any(result.alias_info is not None for result in returns)
+
+
+def changing(program: Program) -> set[fx.Node]:
+    """Tensors that some call writes into, directly or through views."""
+    return owners(*(tensor for node in program.graph.nodes for tensor in written(node)))
 
 
 def insert(before: fx.Node, target: Callable[..., Any], args: Sequence[Any], value: Any) -> fx.Node:

@@ -4,18 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..quantize import LIVEAVATAR_IGNORE
 from . import passes
 from .cost import measure
 from .program import Program, Report
-
-SENSITIVE = (
-    "text_embedding",
-    "time_embedding",
-    "time_projection",
-    "head.head",
-    "casual_audio_encoder.encoder.final_linear",
-)
-"""Layers that stay bfloat16 (liveavatar.md, 5.4)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Recipe:
     fuse: bool = True
     fp8: bool = False
     emit: bool = True
-    ignore: tuple[str, ...] = SENSITIVE
+    ignore: tuple[str, ...] = LIVEAVATAR_IGNORE
     expect: tuple[str, ...] = ()
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ..nodes import TO, calls, finish, insert, mutates, operands, replace
+from ..nodes import TO, calls, changing, finish, insert, operands, owners, replace
 from ..program import Program, Report, constant, value_of
 
 CAT = torch.ops.aten.cat.default
@@ -21,8 +21,11 @@ def clean(program: Program) -> Report:
     for node in calls(program, CAST_LIKE):
         args = operands(node)[0], value_of(node).dtype
         replace(program, node, insert(node, TO, args, node.meta["val"]))
+    written = changing(program)
     for node in calls(program, TO, CAT, SLICE, REPEAT):
         same = _same(node)
+        if same is not None and node.target in (CAT, REPEAT) and _copy_wanted(program, node, same, written):
+            continue
         if same is not None:
             replace(program, node, same)
             report.matches += 1
@@ -42,8 +45,6 @@ def clean(program: Program) -> Report:
 def _same(node: fx.Node) -> fx.Node | None:
     """The input that the call returns as it is, or None."""
     args = operands(node)
-    if node.target in (CAT, REPEAT) and any(mutates(user) for user in node.users):
-        return None  # the copy is wanted
     if node.target is CAT:
         return args[0][0] if len(args[0]) == 1 else None
     x, *rest = args
@@ -51,3 +52,11 @@ def _same(node: fx.Node) -> fx.Node | None:
         # further arguments ask for a copy or a layout
         return x if len(rest) == 1 and not node.kwargs and value_of(x).dtype == rest[0] else None
     return x if value_of(x).shape == value_of(node).shape else None
+
+
+def _copy_wanted(program: Program, copy: fx.Node, source: fx.Node, written: set[fx.Node]) -> bool:
+    """Whether a copy can be told from its source: something writes to one of them, or a caller, who might, has both."""
+    originals = owners(source)
+    results = owners(*program.graph.output_node().all_input_nodes)
+    callers = any(node.op != "call_function" or node in results for node in originals)
+    return not written.isdisjoint({copy, *originals}) or (copy in results and callers)

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from ..nodes import VIEWS, drop, finish, mutates, replace, weight_node, written
+from ..nodes import TO, VIEWS, changing, drop, finish, mutates, replace, source, weight_node
 from ..program import Program, Report
 
 ATEN = torch.ops.aten
@@ -30,32 +30,19 @@ def _lifetimes(program: Program) -> dict[fx.Node, str]:
     What is written in place changes as often as a step.
     """
     lifetime: dict[fx.Node, str] = {}
-    changing = _written(program)
+    written = changing(program)
     for node in program.graph.nodes:
-        if node in changing:
+        if node in written:
             lifetime[node] = "step"
         elif node.op == "placeholder":
             lifetime[node] = node.meta["lifetime"]
         elif node.op == "get_attr":
             lifetime[node] = "model"
         elif node.op == "call_function" and not mutates(node):
-            needs = {lifetime.get(source, "step") for source in node.all_input_nodes}
+            needs = {lifetime.get(read, "step") for read in node.all_input_nodes}
             known = needs <= {"model", "schedule"} and (bool(needs) or node.target in COUNTING)
             lifetime[node] = ("schedule" if "schedule" in needs else "model") if known else "step"
     return lifetime
-
-
-def _written(program: Program) -> set[fx.Node]:
-    """Tensors that some call writes into, directly or through views."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        stack = written(node)
-        while stack:
-            tensor = stack.pop()
-            found.add(tensor)
-            if tensor.op == "call_function" and tensor.target in VIEWS:
-                stack += tensor.all_input_nodes
-    return found
 
 
 def _boundary(program: Program, lifetime: dict[fx.Node, str], which: str) -> list[fx.Node]:
@@ -73,7 +60,7 @@ def _computed(node: fx.Node, lifetime: dict[fx.Node, str], which: str) -> bool:
     """Whether more than views stands between `node` and the inputs of its lifetime."""
     if node.op != "call_function" or lifetime.get(node) != which:
         return False
-    return node.target not in VIEWS or any(_computed(source, lifetime, which) for source in node.all_input_nodes)
+    return node.target not in VIEWS or any(_computed(read, lifetime, which) for read in node.all_input_nodes)
 
 
 def _subgraph(program: Program, results: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
@@ -104,9 +91,17 @@ def _fold_weights(program: Program, lifetime: dict[fx.Node, str], report: Report
         values = part()
     for node, value in zip(results, values, strict=True):
         made = weight_node(program, f"folded_{node.name}", value.clone())
+        made.meta["weight"] = _uncast(node).meta.get("weight", made.meta["weight"])
         lifetime[made] = "model"
         report.add(f"{node.name} {tuple(value.shape)}: from weights alone", node)
         replace(program, node, made)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a chain of casts reads: a cast of a weight goes on under the weight's name, by which recipes know it."""
+    while node.target is TO:
+        node = source(node)
+    return node
 
 
 def _fold_schedule(program: Program, lifetime: dict[fx.Node, str], report: Report) -> None:

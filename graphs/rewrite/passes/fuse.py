@@ -52,7 +52,7 @@ def fuse(program: Program) -> Report:
         if seam is None or norm.scale is None or norm.shift is None:
             continue
         x, y, gate, rows = _summands(seam.total)
-        if gate is not None and not norm.affine and norm.rows is not rows:
+        if gate is not None and not norm.affine and (norm.rows is not rows or not _alike(gate, norm)):
             continue
         rows = rows if norm.affine else norm.rows
         tables = [n for n in (norm.shift, norm.scale, rows) if isinstance(n, fx.Node)]
@@ -67,6 +67,11 @@ def fuse(program: Program) -> Report:
         drop(program, node, *(n for n in (seam.cast, seam.total) if n is not None))
     finish(program)
     return report
+
+
+def _alike(gate: fx.Node, norm: Norm) -> bool:
+    """Whether the tables [B, R, D] have one R, as `residual_norm` wants it; R = 1 goes with any."""
+    return len({value_of(table).shape[1] for table in (gate, norm.shift, norm.scale)} - {1}) <= 1
 
 
 def _come_before(program: Program, total: fx.Node, tables: list[fx.Node]) -> bool:

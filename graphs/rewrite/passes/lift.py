@@ -22,6 +22,7 @@ def lift(program: Program) -> Report:
         x + y * gate                               kinora::gated_residual
 
     x and y are [B, L, D], norms are over D, tables broadcast along L; a norm may be between casts to float32 and back.
+    Tensors are float32, bfloat16 or float16.
     A graph that writes in place is left alone: a call that moves could then read what was written.
     """
     report = Report("lift")
@@ -30,7 +31,7 @@ def lift(program: Program) -> Report:
     for found in (_linear, _adaln, _layer_norm, _gated_residual):
         for node in calls(program, LINEAR, LAYER_NORM, TO, ADD):
             call = found(node)
-            if call is not None:
+            if call is not None and all(value_of(n).dtype in DTYPES for n in call[1] if isinstance(n, fx.Node)):
                 target, args = call
                 if target in TABLES:
                     args = tuple(_rows(node, arg) if i in TABLES[target] else arg for i, arg in enumerate(args))
@@ -42,6 +43,8 @@ def lift(program: Program) -> Report:
 
 
 Call = tuple[Any, tuple[Any, ...]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute in."""
 TABLES = {K.adaln.default: (1, 2), K.gated_residual.default: (2,)}
 """Ops that want tables [B, R, D] -> which arguments these are."""
 

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ....kernels.quantize_rows import quantize_fp8
+from ...quantize import QUANTUM
 from ..nodes import E4M3, K, calls, finish, insert, like, operands, outputs, replace, weight_node
 from ..program import Program, Report, constant, value_of
-
-QUANTUM = 16  # FP8 products want both sides of a weight in multiples of it
 
 
 def quantise(program: Program, ignore: tuple[str, ...], packed: dict[str, tuple[Tensor, Tensor]]) -> Report:
