@@ -111,7 +111,7 @@ def test_whole_numbers_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> Non
         toy = Toy()
     with open_weights(tmp_path / "toy.safetensors") as weights, pytest.raises(KeyMismatch) as caught:
         load_module(toy, weights, SameNames("toy"))
-    assert f"a.weight {dtype} [4, 6], expected torch.float32 [4, 6]" in caught.value.misshaped
+    assert f"a.weight {dtype} [16, 6], expected torch.float32 [16, 6]" in caught.value.misshaped
     assert "of another shape or type: " in str(caught.value)
 
 
