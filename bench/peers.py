@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..graphs.models.liveavatar import LiveAvatarConfig
-from ..graphs.quantize import Fp8Linear, takes_fp8
+from ..graphs.quantize import FP8_CAPABILITY, Fp8Linear, takes_fp8
 from ..kernels.cases import Inputs
 from .harness.run import Unavailable
 
 HALF = (torch.bfloat16, torch.float16)
-FLOAT8_GPU = (8, 9)  # compute capability from which torchao multiplies FP8
 LEAST_MAXIMUM = 1e-12  # of a row that is quantised: torchao divides by it, and the audio's padding token is all zeros
 
 
@@ -96,7 +95,7 @@ def quantize_by_torchao(model: nn.Module) -> None:
         from torchao.quantization import quantize_
     except ImportError as error:
         raise Unavailable(f"torchao is not installed ({error})") from error
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FLOAT8_GPU:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FP8_CAPABILITY:
         raise Unavailable("torchao multiplies FP8 on a GPU of compute capability 8.9 or later only")
     quantize_(model, torchao_fp8(), filter_fn=takes_fp8)
 

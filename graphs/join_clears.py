@@ -26,6 +26,8 @@ PITCH = 256  # bytes from one counter to the next
 LARGEST = 16  # bytes of a counter; the others hold PATTERN
 PATTERN = 0xAB
 WORD = 8
+Words = list[tuple[int, ...]]
+"""What a kernel is given, piece by piece, as words of eight bytes; addresses are aligned to them."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,6 @@ def find(nodes: Nodes, chain: Sequence[int]) -> list[Joined]:
         if not _read_later(i + 1, clear, clears, words, len(chain)):
             found.append(Joined(chain[i], chain[i + 1], places[0][:2]))
     return found
-
-
-Words = list[tuple[int, ...]]
-"""What a kernel is given, piece by piece, as words of eight bytes; addresses are aligned to them."""
 
 
 def _words(pieces: Sequence[bytes]) -> Words:

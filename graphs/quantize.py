@@ -16,6 +16,7 @@ LIVEAVATAR_IGNORE = (
     "head.head",
     "casual_audio_encoder.encoder.final_linear",
 )
+FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs whose tensor cores multiply e4m3
 QUANTUM = 16  # FP8 products want both sides of a weight in multiples of it
 
 

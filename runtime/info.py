@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoints_tools.locate import NotFound, locate
+from ..graphs.quantize import FP8_CAPABILITY
 from ..kernels import ops
 from ..kernels.dispatch import triton_runs
 from .errors import CheckpointError
@@ -27,7 +28,6 @@ LIVEAVATAR_DOWNLOAD_GB = 47  # transformer 32.6, text encoder 11.4, LoRA 1.4, sp
 # A captured session at 704x384 and the text encoder (docs/performance.md, Memory).
 LIVEAVATAR_FP8_GB = 62  # 50.3 + 11.4
 LIVEAVATAR_BF16_GB = 103  # 91.5 + 11.4
-FP8_CAPABILITY = (8, 9)  # the first whose tensor cores multiply e4m3
 
 
 @dataclass(frozen=True)

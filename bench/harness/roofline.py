@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...graphs.quantize import FP8_CAPABILITY
 from .timing import Timer
 
 Precision = Literal["float32", "bf16", "fp8"]
 GPU_SIDE = 8192  # of the square matrices: large enough for the best rate, 1.1 TFLOP a product
 CPU_SIDE = 512
 GPU_COPY, CPU_COPY = 2**30, 2**26  # bytes read by one copy, as many are written
-FLOAT8_GPU = (8, 9)  # compute capability from which tensor cores multiply FP8
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure(device: torch.device, run_seconds: float = 0.5) -> Roofline:
     products: dict[str, Callable[[], object]] = {}
     if on_gpu:
         products["bf16"] = _product(torch.randn(2, side, side, device=device, dtype=torch.bfloat16))
-        if torch.cuda.get_device_capability(device) >= FLOAT8_GPU:
+        if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
             products["fp8"] = _scaled_product(torch.randn(2, side, side, device=device))
     else:
         products["float32"] = _product(torch.randn(2, side, side))
